@@ -1,0 +1,90 @@
+//! Where records end: the trait [`Sink`], its kinds, and the verdicts by which a driver obeys.
+//!
+//! A sink speaks a protocol: it gets a batch of chosen operations and says which failed and with what verdict. It
+//! never retries, waits, or decides about order; the driver does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+
+use crate::transform::Event;
+
+/// One operation of a batch.
+#[derive(Clone, Debug)]
+pub struct Operation {
+    /// What to send.
+    pub event: Event,
+    /// Which of the sink's `cases` was chosen; 0 where a sink has none.
+    pub case: usize,
+    /// The region of the branch, if the file replicates.
+    pub region: Option<Arc<str>>,
+}
+
+/// What a failure means, said by the code that knows the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// This record is refused and always will be.
+    Never,
+    /// Try again after a while.
+    Backoff,
+    /// Try again after this long; the target said so.
+    After(Duration),
+    /// The target is away: an outage, not this record's fault.
+    Down,
+}
+
+/// Why one operation failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// What it means.
+    pub verdict: Verdict,
+    /// What the target said, short, without secrets; for logs, status and dead letters.
+    pub message: Box<str>,
+    /// It failed while being rendered from the record, before anything was sent.
+    pub rendering: bool,
+}
+
+impl Failure {
+    /// A failure that the target reported.
+    pub fn new(verdict: Verdict, message: impl Into<Box<str>>) -> Self {
+        Self { verdict, message: message.into(), rendering: false }
+    }
+
+    /// A template could not be filled from the record: refused before anything was sent.
+    pub fn rendering(message: impl Into<Box<str>>) -> Self {
+        Self { verdict: Verdict::Never, message: message.into(), rendering: true }
+    }
+}
+
+/// How a batch fails, which decides whether several records of one key may be in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchStyle {
+    /// All or none take effect.
+    Atomic,
+    /// In order, up to the first failure.
+    StopsAtFirstFailure,
+    /// Each on its own: one record of a key at most.
+    Independent,
+}
+
+/// The result of a batch: empty = all taken. Each pair names an index into the batch. With `StopsAtFirstFailure` the
+/// indexes after the first failure were not tried and are not listed.
+#[derive(Clone, Debug, Default)]
+pub struct Written {
+    /// What failed, by ascending index.
+    pub failed: Vec<(usize, Failure)>,
+}
+
+/// A target's protocol. Shared by nobody: a branch owns its sink.
+pub trait Sink: Send + Sync {
+    /// How its batches fail.
+    fn batch_style(&self) -> BatchStyle;
+
+    /// Sends a batch, at least one operation. Returns when the target has confirmed or refused each.
+    ///
+    /// # Cancel safety
+    /// When it is dropped nobody knows what took effect; the driver sends the same again.
+    fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written>;
+}

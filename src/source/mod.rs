@@ -1,0 +1,690 @@
+//! The seam between the pipelines and what keeps their records: the traits [`Log`] and [`Shelf`].
+//!
+//! A [`Log`] makes writes durable and lets each branch read them in order. A [`Shelf`] keeps what waits (parked, set
+//! aside) and what ended badly (dead letters). What must happen together goes through one call of the pair: `admit`
+//! (record + idempotency key, appended or parked) and `settle` (ends + frontier). Both traits are handles on *one*
+//! namespace. One conformance suite for each runs against every kind.
+
+pub mod embedded;
+pub mod frontier;
+pub mod memory;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Timestamp;
+use crate::record::{Position, Record, RecordId};
+
+/// A branch's name inside its namespace: `sink`, or `sink@region` where the file replicates.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct BranchName(Arc<str>);
+
+impl BranchName {
+    /// The branch of `sink` in `region`, or of `sink` alone.
+    pub fn new(sink: &str, region: Option<&str>) -> Self {
+        Self(region.map_or_else(|| sink.into(), |region| format!("{sink}@{region}").into()))
+    }
+
+    /// A branch name as it was stored or requested.
+    pub fn from_stored(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// The name itself.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for BranchName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for BranchName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+/// What a pair of log and shelf can do; the plan prints it and HTTP answers 501 for the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "a table of yes and no")]
+pub struct Caps {
+    /// Records may be parked.
+    pub delay: bool,
+    /// The longest delay, if there is a limit.
+    pub max_delay: Option<Duration>,
+    /// Parked records can be listed and cancelled.
+    pub schedule: bool,
+    /// Order per key is kept.
+    pub ordered: bool,
+    /// The same idempotency key twice is one record, exactly.
+    pub exact_keys: bool,
+    /// A write can be looked up by its id.
+    pub look_up: bool,
+    /// Records survive `kill -9` and a power cut once acknowledged.
+    pub durable: bool,
+}
+
+/// One write on its way into the log. The log draws the id and the position.
+#[derive(Clone, Debug)]
+pub struct Write {
+    /// The record; `id` and `written_at` are filled in by the log when it accepts.
+    pub record: Record,
+    /// Park it until then; `None` = append now.
+    pub due_at: Option<Timestamp>,
+    /// The client's idempotency key with the fingerprint of what it sent.
+    pub idempotency: Option<IdempotencyKey>,
+}
+
+/// An idempotency key and what it stood for the first time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdempotencyKey {
+    /// The client's key, at most 255 bytes.
+    pub key: Box<str>,
+    /// A digest over payload, key, target and lifecycle.
+    pub fingerprint: [u8; 16],
+}
+
+/// What became of one write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admitted {
+    /// In the log at this position.
+    Appended {
+        /// Its id.
+        id: RecordId,
+        /// When it was accepted.
+        written_at: Timestamp,
+        /// Its place in the log.
+        position: Position,
+    },
+    /// On the shelf until it is due.
+    Parked {
+        /// Its id.
+        id: RecordId,
+        /// When it was accepted.
+        written_at: Timestamp,
+        /// When it will enter the log.
+        due_at: Timestamp,
+    },
+    /// The same idempotency key and fingerprint were accepted before: the first answer again.
+    Repeated {
+        /// The id of the first.
+        id: RecordId,
+        /// When the first was accepted.
+        written_at: Timestamp,
+        /// When the first was or will be due, if it was parked.
+        due_at: Option<Timestamp>,
+    },
+    /// The idempotency key was used before for something else (422).
+    KeyReused,
+    /// The first write with this key is still on its way and did not end in time (409).
+    KeyRunning,
+}
+
+/// Why writes were not accepted. `durable` tells the client whether to repeat with care.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AdmitError {
+    /// Unfinished records have reached the namespace's backlog limit (503, failed).
+    #[error("the backlog of {bytes} bytes has reached its limit of {limit}")]
+    BacklogFull {
+        /// Bytes of unfinished records.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// The disk is full; reading and acking go on (507, failed).
+    #[error("the disk that holds the log is full")]
+    DiskFull,
+    /// The log cannot keep up; try again after a while (503, failed).
+    #[error("the log is catching up, try again in {} s", .retry_after.as_secs().max(1))]
+    Busy {
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// One record is larger than the log takes (413, failed).
+    #[error("a record of {bytes} bytes is over the limit of {limit}")]
+    TooLarge {
+        /// The record's size.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// The log failed while these writes were under way: nobody can say (504, unknown).
+    #[error("the log failed during the write: {reason}")]
+    Unknown {
+        /// What failed.
+        reason: Arc<str>,
+    },
+    /// The log takes no writes any more: it is stopping, was fenced, or its namespace was deleted (503, failed).
+    #[error("the log takes no writes: {reason}")]
+    Closed {
+        /// Why.
+        reason: Arc<str>,
+    },
+    /// The pair cannot do this (501, failed).
+    #[error("{0}")]
+    Unsupported(&'static str),
+}
+
+impl AdmitError {
+    /// True when the write may or may not be in the log.
+    pub const fn is_unknown(&self) -> bool {
+        matches!(self, Self::Unknown { .. })
+    }
+}
+
+/// Why reading or settling failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LogError {
+    /// The log takes no changes any more.
+    #[error("the log is closed: {0}")]
+    Closed(Arc<str>),
+    /// Bytes that were durable are damaged; nothing past them is served.
+    #[error("{0}")]
+    Damaged(Arc<str>),
+    /// The storage below answered with an error.
+    #[error("{act}: {cause}")]
+    Storage {
+        /// What was tried, with the path.
+        act: Arc<str>,
+        /// What the storage said.
+        cause: Arc<str>,
+    },
+    /// The pair cannot do this.
+    #[error("{0}")]
+    Unsupported(&'static str),
+}
+
+/// Where a branch begins that the log has never seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// At the first record that the log still keeps.
+    Earliest,
+    /// After the newest record.
+    Latest,
+    /// After this position.
+    After(Position),
+}
+
+/// A record read from the log.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Its place.
+    pub position: Position,
+    /// The record.
+    pub record: Arc<Record>,
+}
+
+/// A branch's own reader. Reads only what is durable, in log order, each position once.
+pub trait Subscription: Send {
+    /// The next records, at least one; waits for one. At most `max_records`, and it stops after `max_bytes` are passed.
+    ///
+    /// # Errors
+    /// When the log is closed or the bytes are damaged.
+    ///
+    /// # Cancel safety
+    /// Dropping the wait loses nothing: the next call gives the same records.
+    fn next(&mut self, max_records: usize, max_bytes: usize) -> BoxFuture<'_, Result<Vec<Entry>, LogError>>;
+}
+
+/// A child of a position: 0 is the record itself, 1… are what `emit` made of it.
+pub type Child = u32;
+
+/// The name of one delivery inside a branch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct RowKey {
+    /// The record's position.
+    pub position: Position,
+    /// Which child of it.
+    pub child: Child,
+}
+
+/// What a branch finds when it starts: everything that outlived the last run.
+pub struct BranchStart {
+    /// Everything at or below is ended, except the rows in `lanes`.
+    pub cursor: Position,
+    /// Deliveries above the cursor that already have an end in the store (dead, set aside, or purged since).
+    pub ended: HashSet<RowKey>,
+    /// Keys that are set aside, with what must be known to order them.
+    pub lanes: Vec<AsideLane>,
+    /// A pause that survives restarts (`refused`, `operator`).
+    pub pause: Option<StoredPause>,
+    /// How many unclean stops in a row had this same cursor.
+    pub unclean_stops: u32,
+    /// Positions above the cursor with a durable "about to try" mark, and how many marks each has.
+    pub marks: Vec<(Position, u32)>,
+    /// The reader, which gives what is after `cursor`.
+    pub subscription: Box<dyn Subscription>,
+}
+
+/// A key that is set aside, in one branch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AsideLane {
+    /// The lane: the record's key, or for a keyless record a name of its own.
+    pub lane: Box<str>,
+    /// Its first row; records of this lane above the cursor and below it are ended.
+    pub first: RowKey,
+    /// How many rows wait.
+    pub rows: u64,
+    /// When to try the first row again.
+    pub next_try: Timestamp,
+    /// Attempts spent on the first row.
+    pub attempts: u32,
+    /// When the first row failed for the first time.
+    pub first_failed: Timestamp,
+}
+
+/// One delivery on the shelf: set aside because its key keeps failing, or replayed from the dead letters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AsideRow {
+    /// Which delivery.
+    pub row: RowKey,
+    /// Its lane.
+    pub lane: Box<str>,
+    /// The original record.
+    pub record: Arc<Record>,
+    /// What a child was rendered to, so that an edited script does not make another thing of it; `None` = run the original.
+    pub rendered: Option<Bytes>,
+    /// Attempts spent.
+    pub attempts: u32,
+    /// When it failed for the first time.
+    pub first_failed: Timestamp,
+    /// When to try again.
+    pub next_try: Timestamp,
+    /// What the target said last.
+    pub last_error: Box<str>,
+    /// It came from the dead letters.
+    pub replayed: bool,
+}
+
+/// Why a delivery ended in the dead letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DeadReason {
+    /// The target refused this record.
+    Refused,
+    /// Its attempts or its time ran out while the target took others.
+    Exhausted,
+    /// A script or expression failed on it, or called `fail()`.
+    Script,
+    /// A template could not be rendered from it.
+    Template,
+    /// No arm of the route took it.
+    NoRoute,
+    /// It was under way at three unclean stops in a row.
+    Crash,
+    /// An operator skipped it.
+    Skipped,
+}
+
+/// A delivery that ended badly, with everything needed to understand and repeat it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Which delivery; unique in its branch.
+    pub row: RowKey,
+    /// The branch that failed.
+    pub branch: BranchName,
+    /// When it was given up.
+    pub at: Timestamp,
+    /// Why.
+    pub reason: DeadReason,
+    /// Attempts spent.
+    pub attempts: u32,
+    /// What the target or the script said last.
+    pub last_error: Box<str>,
+    /// The stage that gave up, for example `sink` or `transform[1]`.
+    pub stage: Box<str>,
+    /// The revision of the file that was in force.
+    pub revision: Box<str>,
+    /// The original record.
+    pub record: Arc<Record>,
+    /// What would have been sent, if it got that far.
+    pub rendered: Option<Bytes>,
+    /// Its key's later records have been delivered: replaying could put an old value over a new one.
+    pub overtaken: bool,
+}
+
+/// A pause that survives a restart.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredPause {
+    /// `refused` or `operator`.
+    pub cause: Box<str>,
+    /// What an operator should know.
+    pub note: Box<str>,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// Ends of deliveries and the progress they allow; one frame group on the embedded pair.
+#[derive(Clone, Debug, Default)]
+pub struct Settlement {
+    /// Everything at or below has an end. Alone it may ride on a later group; with anything else it is in the same one.
+    pub frontier: Option<Position>,
+    /// New rows for the shelf, in order; also used to update a row's attempts and next try (same row key).
+    pub aside: Vec<AsideRow>,
+    /// Rows that came back from the shelf and have ended.
+    pub returned: Vec<RowKey>,
+    /// New dead letters; ends a set-aside row of the same row key.
+    pub dead: Vec<DeadLetter>,
+    /// Filtered, dropped or expired: counted ends that a look-up shows.
+    pub dropped: Vec<(Position, Box<str>)>,
+    /// Careful mode: about to try this one.
+    pub mark: Option<Position>,
+    /// A pause to store, or `Some(None)` to clear it.
+    pub pause: Option<Option<StoredPause>>,
+    /// For dead letters that stay: keys whose later records have now been delivered.
+    pub overtaken: Vec<RowKey>,
+}
+
+impl Settlement {
+    /// True when only the frontier moves, so nobody has to wait for it.
+    pub fn is_frontier_only(&self) -> bool {
+        self.aside.is_empty()
+            && self.returned.is_empty()
+            && self.dead.is_empty()
+            && self.dropped.is_empty()
+            && self.mark.is_none()
+            && self.pause.is_none()
+            && self.overtaken.is_empty()
+    }
+}
+
+/// How far a branch is behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lag {
+    /// Records not yet ended.
+    pub records: u64,
+    /// Their bytes in the log, near enough.
+    pub bytes: u64,
+    /// When the oldest of them entered the log.
+    pub oldest: Option<Timestamp>,
+    /// The stored cursor.
+    pub cursor: Position,
+}
+
+/// Where a write is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Waiting for its time.
+    Parked {
+        /// The record.
+        record: Arc<Record>,
+        /// When it enters the log.
+        due_at: Timestamp,
+    },
+    /// In the log; what each branch made of it.
+    InLog {
+        /// The record.
+        record: Arc<Record>,
+        /// Its place.
+        position: Position,
+        /// By branch.
+        branches: Vec<(BranchName, Fate)>,
+    },
+    /// Cancelled before it was due.
+    Cancelled,
+}
+
+/// What one branch made of a record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Fate {
+    /// Not ended yet.
+    Pending,
+    /// Set aside; tried again at that time.
+    SetAside {
+        /// Attempts spent.
+        attempts: u32,
+        /// When it is tried again.
+        next_try: Timestamp,
+        /// What the target said last.
+        last_error: Box<str>,
+    },
+    /// Delivered at some time between the two (the frontier is sampled each second).
+    Finished {
+        /// Not before.
+        after: Option<Timestamp>,
+        /// Not after.
+        before: Option<Timestamp>,
+    },
+    /// Filtered, dropped or expired.
+    Dropped {
+        /// By what.
+        reason: Box<str>,
+    },
+    /// In the dead letters.
+    Dead {
+        /// Why.
+        reason: DeadReason,
+        /// What was said last.
+        last_error: Box<str>,
+    },
+}
+
+/// A parked record in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParkedRow {
+    /// The record.
+    pub record: Arc<Record>,
+    /// When it is due.
+    pub due_at: Timestamp,
+}
+
+/// A page of a listing; `next` continues it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page<T> {
+    /// The rows.
+    pub rows: Vec<T>,
+    /// Hand this in again for the next page; `None` = the end.
+    pub next: Option<String>,
+}
+
+/// Which parked records.
+#[derive(Clone, Debug, Default)]
+pub struct ParkedQuery {
+    /// Only this key.
+    pub key: Option<String>,
+    /// Due at or after.
+    pub from: Option<Timestamp>,
+    /// Due before.
+    pub to: Option<Timestamp>,
+    /// Rows a page, at least 1.
+    pub limit: usize,
+    /// From an earlier page.
+    pub after: Option<String>,
+}
+
+/// What to cancel or move.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scheduled {
+    /// This record.
+    Id(RecordId),
+    /// All parked records of this key.
+    Key(String),
+}
+
+/// Which dead letters. Every field narrows.
+#[derive(Clone, Debug, Default)]
+pub struct DeadQuery {
+    /// Only this branch.
+    pub branch: Option<String>,
+    /// Only this reason.
+    pub reason: Option<DeadReason>,
+    /// Only this record.
+    pub id: Option<RecordId>,
+    /// Only this key.
+    pub key: Option<String>,
+    /// Given up at or after.
+    pub from: Option<Timestamp>,
+    /// Given up before.
+    pub to: Option<Timestamp>,
+    /// Whose last error contains this.
+    pub error_contains: Option<String>,
+    /// Rows a page, at least 1.
+    pub limit: usize,
+    /// From an earlier page.
+    pub after: Option<String>,
+}
+
+/// How much lies on the shelf.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ShelfCounts {
+    /// Records waiting for their time.
+    pub parked: u64,
+    /// When the first of them is due.
+    pub next_due: Option<Timestamp>,
+    /// By branch: rows set aside.
+    pub aside: Vec<(BranchName, u64)>,
+    /// By branch: dead letters and their bytes.
+    pub dead: Vec<(BranchName, u64, u64)>,
+    /// How far back idempotency keys are really known.
+    pub keys_since: Option<Timestamp>,
+}
+
+/// What replay did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+pub struct Replayed {
+    /// Sent back to their branch.
+    pub replayed: u64,
+    /// Left where they are because their key has moved on and `force` was not given.
+    pub overtaken: u64,
+}
+
+/// A pipeline file as it was in force from a position on: unexpanded, with its scripts and schemas.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Epoch {
+    /// Counts up from 1.
+    pub number: u32,
+    /// In force for records after this position.
+    pub after: Position,
+    /// The files, in a form that only the pipeline reads.
+    pub files: Bytes,
+}
+
+/// Makes writes durable and gives them to each branch in order. A handle on one namespace.
+pub trait Log: Send + Sync {
+    /// What this pair can do.
+    fn caps(&self) -> Caps;
+
+    /// Makes the writes durable, all or none, in this order; answers only then. A write with a due time is parked.
+    ///
+    /// # Errors
+    /// See [`AdmitError`]: it says whether the writes may be in the log.
+    ///
+    /// # Cancel safety
+    /// Dropping the wait never un-writes.
+    fn admit(&self, writes: Vec<Write>) -> BoxFuture<'static, Result<Vec<Admitted>, AdmitError>>;
+
+    /// Opens a branch where it stopped, or at `start` when the log has never seen it.
+    ///
+    /// # Errors
+    /// When the log is closed or damaged.
+    fn open_branch(&self, branch: &BranchName, start: Start) -> BoxFuture<'static, Result<BranchStart, LogError>>;
+
+    /// Removes a branch's cursor, rows and dead letters. For branches that the file no longer has.
+    ///
+    /// # Errors
+    /// When the log is closed.
+    fn forget_branch(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>>;
+
+    /// The branches that the log knows, whether or not the file still has them.
+    fn branches(&self) -> Vec<BranchName>;
+
+    /// How far a branch is behind; cheap enough for every scrape.
+    fn lag(&self, branch: &BranchName) -> Lag;
+
+    /// The newest durable position.
+    fn end(&self) -> Position;
+
+    /// Where a write is, if the log still knows.
+    ///
+    /// # Errors
+    /// When the storage fails.
+    fn find(&self, id: RecordId) -> BoxFuture<'static, Result<Option<Found>, LogError>>;
+
+    /// Stores a new revision of the pipeline file; in force for records appended after it. Gives its number and place.
+    ///
+    /// # Errors
+    /// When the log is closed.
+    fn put_epoch(&self, files: Bytes) -> BoxFuture<'static, Result<Epoch, LogError>>;
+
+    /// The stored revisions, oldest first; the last is in force. Kept while a cursor is before them.
+    fn epochs(&self) -> Vec<Epoch>;
+}
+
+/// Keeps what waits and what ended badly. A handle on one namespace.
+pub trait Shelf: Send + Sync {
+    /// Makes ends durable and moves a branch's frontier. Frontier alone answers at once and is stored within 100 ms.
+    ///
+    /// # Errors
+    /// When the log is closed; nothing of the settlement is then promised.
+    ///
+    /// # Cancel safety
+    /// Dropping the wait never un-settles.
+    fn settle(&self, branch: &BranchName, settlement: Settlement) -> BoxFuture<'static, Result<(), LogError>>;
+
+    /// The rows of a lane that is set aside, in order, at most `limit`.
+    ///
+    /// # Errors
+    /// When the storage fails.
+    fn aside_rows(
+        &self,
+        branch: &BranchName,
+        lane: &str,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<AsideRow>, LogError>>;
+
+    /// Waits until rows were put aside for `branch` by somebody else (a replay), and names their lanes.
+    ///
+    /// # Cancel safety
+    /// Dropping the wait loses no news.
+    fn replayed_lanes(&self, branch: &BranchName) -> BoxFuture<'static, Vec<AsideLane>>;
+
+    /// Parked records in (due, sequence) order.
+    ///
+    /// # Errors
+    /// When the storage fails.
+    fn parked(&self, query: ParkedQuery) -> BoxFuture<'static, Result<Page<ParkedRow>, LogError>>;
+
+    /// Cancels what still waits; answers how many, when that is durable. What is being released is not counted.
+    ///
+    /// # Errors
+    /// When the log is closed.
+    fn cancel(&self, which: Scheduled) -> BoxFuture<'static, Result<u64, LogError>>;
+
+    /// Moves what still waits to another time; answers how many, when that is durable.
+    ///
+    /// # Errors
+    /// When the log is closed.
+    fn reschedule(&self, which: Scheduled, due_at: Timestamp) -> BoxFuture<'static, Result<u64, LogError>>;
+
+    /// Dead letters in order of their end.
+    ///
+    /// # Errors
+    /// When the storage fails.
+    fn dead_letters(&self, query: DeadQuery) -> BoxFuture<'static, Result<Page<DeadLetter>, LogError>>;
+
+    /// Sends matching dead letters back to the branch that failed, in order, at most `query.limit`.
+    ///
+    /// # Errors
+    /// When the log is closed.
+    fn replay(&self, query: DeadQuery, force: bool) -> BoxFuture<'static, Result<Replayed, LogError>>;
+
+    /// Deletes matching dead letters for good; answers how many.
+    ///
+    /// # Errors
+    /// When the log is closed.
+    fn purge(&self, query: DeadQuery) -> BoxFuture<'static, Result<u64, LogError>>;
+
+    /// How much lies here; cheap enough for every scrape.
+    fn counts(&self) -> ShelfCounts;
+}
