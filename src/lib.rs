@@ -1,8 +1,19 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
 pub mod clock;
-pub mod record;
-pub mod sink;
-pub mod source;
-pub mod transform;
 pub mod units;
+
+pub mod record;
+pub mod retry;
+
+pub mod source;
+
+pub mod transform;
+
+pub mod sink;
+
+pub mod delay;
+
+pub mod spec;
+
+pub mod pipeline;

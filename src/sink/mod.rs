@@ -3,6 +3,11 @@
 //! A sink speaks a protocol: it gets a batch of chosen operations and says which failed and with what verdict. It
 //! never retries, waits, or decides about order; the driver does.
 
+pub mod file;
+pub mod http;
+pub mod redis;
+pub mod stdout;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,4 +92,22 @@ pub trait Sink: Send + Sync {
     /// # Cancel safety
     /// When it is dropped nobody knows what took effect; the driver sends the same again.
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written>;
+}
+
+/// The kinds of sink, each with its settings as they apply to one branch.
+#[derive(Clone, Debug)]
+pub enum Kind {
+    /// Lines on standard output.
+    Stdout(stdout::StdoutSpec),
+    /// NDJSON files.
+    File(file::FileSpec),
+    /// HTTP requests; `batched` when the file has a `batch:`.
+    Http {
+        /// Its settings.
+        spec: Box<http::HttpSpec>,
+        /// One request carries many records.
+        batched: bool,
+    },
+    /// Redis commands.
+    Redis(Box<redis::RedisSpec>),
 }
