@@ -1,1 +1,3 @@
+//! walflow, the program: parse, call, exit.
+
 fn main() {}

@@ -1,0 +1,3 @@
+//! Every integration test, one file a promise, in one binary.
+
+mod tree;
