@@ -1,3 +1,8 @@
 //! The embedded log and shelf: one journal for every namespace, with segments and `state.db` settling behind it.
 
+pub mod body;
 pub mod change;
+pub mod disk;
+pub mod frame;
+#[cfg(test)]
+mod testing;
