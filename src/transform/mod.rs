@@ -1,15 +1,25 @@
 //! What scripts and expressions make of a record: the chain of stages, and the view that they see.
 //!
 //! A [`Transform`] is a function of (record, revision of the file): the same record gives the same events in every
-//! region, on every retry and after a restart. Payloads that no stage looks into stay untouched bytes.
+//! region, on every retry and after a restart. Payloads that no stage looks into stay untouched bytes. Nothing here
+//! touches the disk or the network while a record is under way.
 
+mod compile;
+mod depth;
 mod event;
+mod schema;
 
+use std::fmt;
 use std::sync::Arc;
 
 use crate::clock::Timestamp;
 
+pub use compile::{CompileError, Compiler, Place, StageKind, StageSource};
+pub use depth::{MAX_DEPTH, json_depth};
 pub use event::{Event, NotJson};
+pub use schema::{PayloadSchema, SchemaError, SchemaFault};
+
+use compile::Program;
 
 /// What a chain of stages made of one event.
 #[derive(Debug)]
@@ -33,7 +43,7 @@ pub struct Fault {
 /// A chain of stages, compiled. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Transform {
-    stages: Arc<[Box<str>]>,
+    stages: Arc<[Program]>,
 }
 
 impl Transform {
@@ -41,31 +51,44 @@ impl Transform {
     pub fn is_empty(&self) -> bool {
         self.stages.is_empty()
     }
+
+    /// The stages' names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.stages.iter().map(Program::name)
+    }
 }
 
 /// A condition on an event, compiled. Only reads. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Predicate {
-    source: Arc<str>,
-}
+#[derive(Clone)]
+pub struct Predicate(Arc<Program>);
 
 impl Predicate {
     /// The expression as it was written.
     pub fn source(&self) -> &str {
-        &self.source
+        self.0.text()
+    }
+}
+
+impl fmt::Debug for Predicate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Predicate").field(&self.source()).finish()
     }
 }
 
 /// An expression that gives a number or a time, compiled. Only reads. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Expression {
-    source: Arc<str>,
-}
+#[derive(Clone)]
+pub struct Expression(Arc<Program>);
 
 impl Expression {
     /// The expression as it was written.
     pub fn source(&self) -> &str {
-        &self.source
+        self.0.text()
+    }
+}
+
+impl fmt::Debug for Expression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Expression").field(&self.source()).finish()
     }
 }
 
@@ -76,17 +99,4 @@ pub enum DelayValue {
     Seconds(f64),
     /// That time.
     At(Timestamp),
-}
-
-/// A JSON Schema, compiled, for payloads.
-#[derive(Debug)]
-pub struct PayloadSchema {
-    path: Box<str>,
-}
-
-impl PayloadSchema {
-    /// The file it came from, as the pipeline file names it.
-    pub fn path(&self) -> &str {
-        &self.path
-    }
 }
