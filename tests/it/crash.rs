@@ -1,0 +1,158 @@
+//! Nothing acknowledged is lost, whatever ends the process: kill -9 under load, and a record that kills it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::{Ledger, Place, Receiver, Running, until, until_status};
+
+const PIPELINE: &str = "
+namespace: ledger
+source: { key: /key }
+sink: { file: { path: out.ndjson } }
+";
+
+/// One client: writes its own keys in order, notes what it is about to send and what was acknowledged.
+async fn client(url: String, number: u64, next: Arc<AtomicU64>, stop: Arc<AtomicBool>, ledger: Arc<Mutex<Ledger>>) -> Vec<(u64, bool)> {
+    let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build().unwrap();
+    let mut sent = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let n = next.fetch_add(1, Ordering::Relaxed);
+        let payload = json!({"n": n, "key": format!("client-{number}"), "text": "é".repeat(usize::try_from(n % 50).unwrap())});
+        ledger.lock().unwrap().add(&format!("sent {n} {payload}\n"));
+        let request = http.post(format!("{url}/api/v1/wal/write")).header("content-type", "application/json");
+        let answer = request.body(json!({"namespace": "ledger", "payload": payload}).to_string()).send().await;
+        let acknowledged = match answer {
+            Ok(answer) if answer.status() == 202 => true,
+            Ok(_) | Err(_) => false,
+        };
+        if acknowledged {
+            ledger.lock().unwrap().add(&format!("acknowledged {n}\n"));
+        }
+        sent.push((n, acknowledged));
+        if !acknowledged {
+            break;
+        }
+    }
+    sent
+}
+
+/// Runs clients until the process is killed after `life`; gives what they sent.
+async fn one_life(running: &mut Running, next: &Arc<AtomicU64>, ledger: &Arc<Mutex<Ledger>>, life: Duration) -> Vec<(u64, bool)> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..8)
+        .map(|number| tokio::spawn(client(running.url.clone(), number, next.clone(), stop.clone(), ledger.clone())))
+        .collect();
+    tokio::time::sleep(life).await;
+    running.kill();
+    stop.store(true, Ordering::Relaxed);
+    let mut sent = Vec::new();
+    for client in clients {
+        sent.extend(client.await.unwrap());
+    }
+    sent
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_again_and_again_under_load_nothing_acknowledged_is_missing() {
+    let kills: u64 = std::env::var("WALFLOW_TEST_KILLS").map_or(30, |kills| kills.parse().unwrap());
+    let place = Place::new().pipeline("ledger.yaml", PIPELINE);
+    let ledger = Arc::new(Mutex::new(Ledger::new(&place.path("outside"))));
+    let next = Arc::new(AtomicU64::new(0));
+    let mut sent = BTreeMap::new();
+    let mut seed = fastrand::Rng::new();
+    for _ in 0..kills {
+        let mut running = place.start().await;
+        let life = Duration::from_millis(seed.u64(20..250));
+        sent.extend(one_life(&mut running, &next, &ledger, life).await);
+    }
+    let mut running = place.start().await;
+    running.accepted("ledger", None, json!({"n": "last"})).await;
+    until_status(&running, "ledger", "everything delivered", |status| status["branches"][0]["lagRecords"] == 0).await;
+    assert!(running.stop().await.success());
+
+    let acknowledged: BTreeSet<u64> = sent.iter().filter(|(_, ok)| **ok).map(|(n, _)| *n).collect();
+    let text = |n: u64| "é".repeat(usize::try_from(n % 50).unwrap());
+    let (mut arrived, mut newest, mut copies) = (BTreeSet::new(), BTreeMap::new(), 0);
+    for payload in place.values("out.ndjson") {
+        let Some(n) = payload["n"].as_u64() else { continue };
+        assert!(sent.contains_key(&n), "{n} was invented: {payload}");
+        assert_eq!(payload["text"], text(n), "{n} was altered");
+        if !arrived.insert(n) {
+            copies += 1;
+            continue;
+        }
+        // Numbers grow with time, and a client sends one after the other.
+        let before = newest.insert(payload["key"].as_str().unwrap().to_owned(), n);
+        assert!(before.is_none_or(|before| before < n), "{} came before {n}", before.unwrap());
+    }
+    let missing: Vec<_> = acknowledged.difference(&arrived).collect();
+    assert!(missing.is_empty(), "{} of {} are missing: {missing:?}", missing.len(), acknowledged.len());
+    assert!(acknowledged.len() as u64 > kills * 5, "only {} writes in {kills} lives", acknowledged.len());
+    eprintln!("{kills} kills: {} acknowledged, {} sent, {copies} delivered twice", acknowledged.len(), sent.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_kills_the_process_ends_in_the_dead_letters() {
+    let victim = Arc::new(AtomicU64::new(0));
+    let target = victim.clone();
+    let receiver = Receiver::judging(move |received| {
+        if received.body == json!({"poison": true}).to_string() {
+            let pid = i32::try_from(target.load(Ordering::SeqCst)).unwrap();
+            let pid = rustix::process::Pid::from_raw(pid).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        }
+        200
+    })
+    .await;
+    let place = Place::new().pipeline("p.yaml", &format!("namespace: poisoned\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url));
+    let mut running = place.start().await;
+    victim.store(running.pid().into(), Ordering::SeqCst);
+    let mut ids = BTreeSet::new();
+    for n in 0..5 {
+        ids.insert(running.accepted("poisoned", None, json!({ "n": n })).await);
+    }
+    until("the first five", || (receiver.count() == 5).then_some(())).await;
+    running.accepted("poisoned", None, json!({"poison": true})).await;
+    let mut deaths = 0;
+    loop {
+        // It may be killed before or after it is ready.
+        let dead = until("an end or a dead letter", || {
+            if running_ended(&mut running) { Some(true) } else { letters(&running, &place).map(|_| false) }
+        })
+        .await;
+        if !dead {
+            break;
+        }
+        deaths += 1;
+        assert!(deaths <= 8, "the poison is tried for ever");
+        running = place.spawn();
+        victim.store(running.pid().into(), Ordering::SeqCst);
+        let _ = tokio::time::timeout(Duration::from_secs(20), until_address(&mut running)).await;
+    }
+    running.accepted("poisoned", None, json!({"after": true})).await;
+    until("the one after", || receiver.accepted().iter().any(|got| got.body == r#"{"after":true}"#).then_some(())).await;
+    let letters = letters(&running, &place).unwrap();
+    assert_eq!(letters.len(), 1, "{letters:?}");
+    assert_eq!(letters[0]["reason"], "crash");
+}
+
+fn running_ended(running: &mut Running) -> bool {
+    running.has_ended()
+}
+
+async fn until_address(running: &mut Running) {
+    while !running.has_ended() && !running.is_ready().await {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The dead letters, when there are some and walflow answers.
+fn letters(running: &Running, place: &Place) -> Option<Vec<Value>> {
+    let (code, out, _) = running.cli(place, &["dead-letters", "list", "poisoned", "--output", "json"]);
+    let answer: Value = (code == 0).then(|| serde_json::from_str(&out).ok())??;
+    Some(answer["items"].as_array()?.clone()).filter(|letters| !letters.is_empty())
+}

@@ -1,0 +1,70 @@
+//! Stopping, and one process a folder.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::harness::{Place, Receiver, until, until_status};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_with_a_dead_target_ends_well_and_in_time_and_loses_nothing() {
+    let receiver = Receiver::judging(|_| 503).await;
+    let yaml = format!("namespace: stopping\nsink: {{ http: {{ url: '{}' }}, batch: {{ records: 10 }} }}\n", receiver.url);
+    let place = Place::new().pipeline("p.yaml", &yaml).arg("--shutdown-timeout").arg("2s");
+    let mut running = place.start().await;
+    for n in 0..50 {
+        running.accepted("stopping", Some("k"), json!({ "n": n })).await;
+    }
+    let asked = Instant::now();
+    let status = running.stop().await;
+    assert_eq!(status.code(), Some(0));
+    assert!(asked.elapsed() < Duration::from_secs(5), "took {:?}", asked.elapsed());
+
+    receiver.judge(|_| 200);
+    let running = place.start().await;
+    until_status(&running, "stopping", "all delivered", |status| status["branches"][0]["lagRecords"] == 0).await;
+    let numbers: Vec<u64> = receiver
+        .accepted()
+        .iter()
+        .flat_map(|got| serde_json::from_slice::<Vec<serde_json::Value>>(&got.body).unwrap())
+        .map(|payload| payload["n"].as_u64().unwrap())
+        .collect();
+    assert_eq!(numbers, (0..50).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_lets_what_was_acknowledged_reach_a_target_that_lives() {
+    let place = Place::new().pipeline("p.yaml", "namespace: drained\nsink: { file: { path: out.ndjson } }\n");
+    let mut running = place.start().await;
+    for n in 0..200 {
+        running.accepted("drained", None, json!({ "n": n })).await;
+    }
+    assert_eq!(running.stop().await.code(), Some(0));
+    assert_eq!(place.lines("out.ndjson").len(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_ends_it_at_once() {
+    let receiver = Receiver::judging(|_| 503).await;
+    let yaml = format!("namespace: hurried\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url);
+    let place = Place::new().pipeline("p.yaml", &yaml).arg("--shutdown-timeout").arg("60s");
+    let mut running = place.start().await;
+    running.accepted("hurried", None, json!({})).await;
+    running.signal(Signal::TERM);
+    until("the stop to begin", || running.log().contains("stopping").then_some(())).await;
+    assert!(!running.has_ended());
+    running.signal(Signal::TERM);
+    assert_eq!(running.ended(Duration::from_secs(2)).await.code(), Some(143));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_process_on_the_same_data_says_so_and_leaves() {
+    let place = Place::new().pipeline("p.yaml", "namespace: mine\nsink: { file: { path: out.ndjson } }\n");
+    let running = place.start().await;
+    let second = place.command(&["run", "pipelines", "--listen", "127.0.0.1:0"]).output().unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(75), "{said}");
+    assert!(said.contains(&running.pid().to_string()) && said.contains("data"), "{said}");
+    running.accepted("mine", None, json!({})).await;
+}
