@@ -6,8 +6,8 @@
 mod branch;
 mod client;
 mod dead_letters;
-mod explain;
-mod log;
+
+
 mod logging;
 mod namespace;
 mod output;

@@ -16,12 +16,19 @@ sink: { file: { path: out.ndjson } }
 ";
 
 /// One client: writes its own keys in order, notes what it is about to send and what was acknowledged.
-async fn client(url: String, number: u64, next: Arc<AtomicU64>, stop: Arc<AtomicBool>, ledger: Arc<Mutex<Ledger>>) -> Vec<(u64, bool)> {
+async fn client(
+    url: String,
+    number: u64,
+    next: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    ledger: Arc<Mutex<Ledger>>,
+) -> Vec<(u64, bool)> {
     let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build().unwrap();
     let mut sent = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let n = next.fetch_add(1, Ordering::Relaxed);
-        let payload = json!({"n": n, "key": format!("client-{number}"), "text": "é".repeat(usize::try_from(n % 50).unwrap())});
+        let payload =
+            json!({"n": n, "key": format!("client-{number}"), "text": "é".repeat(usize::try_from(n % 50).unwrap())});
         ledger.lock().unwrap().add(&format!("sent {n} {payload}\n"));
         let request = http.post(format!("{url}/api/v1/wal/write")).header("content-type", "application/json");
         let answer = request.body(json!({"namespace": "ledger", "payload": payload}).to_string()).send().await;
@@ -41,7 +48,12 @@ async fn client(url: String, number: u64, next: Arc<AtomicU64>, stop: Arc<Atomic
 }
 
 /// Runs clients until the process is killed after `life`; gives what they sent.
-async fn one_life(running: &mut Running, next: &Arc<AtomicU64>, ledger: &Arc<Mutex<Ledger>>, life: Duration) -> Vec<(u64, bool)> {
+async fn one_life(
+    running: &mut Running,
+    next: &Arc<AtomicU64>,
+    ledger: &Arc<Mutex<Ledger>>,
+    life: Duration,
+) -> Vec<(u64, bool)> {
     let stop = Arc::new(AtomicBool::new(false));
     let clients: Vec<_> = (0..8)
         .map(|number| tokio::spawn(client(running.url.clone(), number, next.clone(), stop.clone(), ledger.clone())))
@@ -108,7 +120,8 @@ async fn a_record_that_kills_the_process_ends_in_the_dead_letters() {
         200
     })
     .await;
-    let place = Place::new().pipeline("p.yaml", &format!("namespace: poisoned\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url));
+    let place = Place::new()
+        .pipeline("p.yaml", &format!("namespace: poisoned\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url));
     let mut running = place.start().await;
     victim.store(running.pid().into(), Ordering::SeqCst);
     let mut ids = BTreeSet::new();
@@ -134,7 +147,8 @@ async fn a_record_that_kills_the_process_ends_in_the_dead_letters() {
         let _ = tokio::time::timeout(Duration::from_secs(20), until_address(&mut running)).await;
     }
     running.accepted("poisoned", None, json!({"after": true})).await;
-    until("the one after", || receiver.accepted().iter().any(|got| got.body == r#"{"after":true}"#).then_some(())).await;
+    until("the one after", || receiver.accepted().iter().any(|got| got.body == r#"{"after":true}"#).then_some(()))
+        .await;
     let letters = letters(&running, &place).unwrap();
     assert_eq!(letters.len(), 1, "{letters:?}");
     assert_eq!(letters[0]["reason"], "crash");

@@ -347,7 +347,8 @@ async fn serve(listener: tokio::net::TcpListener, accepted: Arc<Mutex<Vec<Receiv
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let (accepted, judge) = (Arc::clone(&accepted), Arc::clone(&judge));
             async move {
-                let id = request.headers().get("webhook-id").and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
+                let id =
+                    request.headers().get("webhook-id").and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
                 let Ok(body) = request.into_body().collect().await else {
                     return Ok::<_, std::convert::Infallible>(Response::new(Full::default()));
                 };

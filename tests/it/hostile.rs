@@ -11,7 +11,8 @@ use crate::harness::{Place, Running};
 const PIPELINE: &str = "namespace: calm\nsink: { file: { path: out.ndjson } }\n";
 
 async fn raw(running: &Running, body: Vec<u8>) -> (u16, String) {
-    let request = running.client.post(format!("{}/api/v1/wal/write", running.url)).header("content-type", "application/json");
+    let request =
+        running.client.post(format!("{}/api/v1/wal/write", running.url)).header("content-type", "application/json");
     let answer = request.body(body).send().await.unwrap();
     (answer.status().as_u16(), answer.text().await.unwrap())
 }
@@ -20,7 +21,9 @@ async fn raw(running: &Running, body: Vec<u8>) -> (u16, String) {
 async fn malformed_writes_are_refused_and_leave_nothing_behind() {
     let place = Place::new().pipeline("p.yaml", PIPELINE);
     let mut running = place.start().await;
-    let deep = |open: &str, close: &str| format!(r#"{{"namespace":"calm","payload":{}1{}}}"#, open.repeat(100_000), close.repeat(100_000));
+    let deep = |open: &str, close: &str| {
+        format!(r#"{{"namespace":"calm","payload":{}1{}}}"#, open.repeat(100_000), close.repeat(100_000))
+    };
     let bodies: Vec<(&str, Vec<u8>)> = vec![
         ("nothing", Vec::new()),
         ("half", br#"{"namespace":"calm","payl"#.to_vec()),
@@ -60,7 +63,11 @@ async fn a_body_of_ten_gibibytes_is_refused_before_it_is_read() {
         let status = tokio::task::spawn_blocking(move || {
             let mut stream = TcpStream::connect(url.trim_start_matches("http://")).unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-            write!(stream, "POST /api/v1/wal/write HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{head}\r\n\r\n").unwrap();
+            write!(
+                stream,
+                "POST /api/v1/wal/write HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{head}\r\n\r\n"
+            )
+            .unwrap();
             let chunked = head.starts_with('T');
             let block = vec![b' '; 1 << 20];
             // At most 256 MiB of the ten GiB: a server that has not refused by then never will.
@@ -74,7 +81,11 @@ async fn a_body_of_ten_gibibytes_is_refused_before_it_is_read() {
             }
             let mut answer = [0; 12];
             // A server that has closed may have reset the connection before its answer was read.
-            if stream.read_exact(&mut answer).is_ok() { String::from_utf8_lossy(&answer).into_owned() } else { String::new() }
+            if stream.read_exact(&mut answer).is_ok() {
+                String::from_utf8_lossy(&answer).into_owned()
+            } else {
+                String::new()
+            }
         })
         .await
         .unwrap();
@@ -95,7 +106,9 @@ async fn slow_and_half_requests_are_closed() {
         stream
     };
     let half_head = begin("POST /api/v1/wal/write HTTP/1.1\r\nHost: x\r\n");
-    let half_body = begin("POST /api/v1/wal/write HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{");
+    let half_body = begin(
+        "POST /api/v1/wal/write HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+    );
     let started = Instant::now();
     let closed = tokio::task::spawn_blocking(move || {
         [half_head, half_body].map(|mut stream| stream.read_to_end(&mut Vec::new()).is_ok_and(|_| true))
@@ -135,7 +148,11 @@ async fn hostile_scripts_are_stopped_and_the_next_record_is_served() {
             "namespace: {name}\ntransform:\n  - inline: |\n      if payload.hostile {{ {} }}\nsink: {{ file: {{ path: {name}.ndjson }} }}\n",
             if name == "recursion" { "f(0);" } else { script }
         );
-        let yaml = if name == "recursion" { yaml.replace("inline: |\n", "inline: |\n      fn f(n) { f(n + 1) }\n") } else { yaml };
+        let yaml = if name == "recursion" {
+            yaml.replace("inline: |\n", "inline: |\n      fn f(n) { f(n + 1) }\n")
+        } else {
+            yaml
+        };
         place = place.pipeline(&format!("{name}.yaml"), &yaml);
     }
     let running = place.start().await;
@@ -143,7 +160,8 @@ async fn hostile_scripts_are_stopped_and_the_next_record_is_served() {
     for (name, _) in scripts {
         running.accepted(name, None, json!({"hostile": true})).await;
         running.accepted(name, None, json!({"hostile": false})).await;
-        crate::harness::until("the next record", || (place.lines(&format!("{name}.ndjson")).len() == 1).then_some(())).await;
+        crate::harness::until("the next record", || (place.lines(&format!("{name}.ndjson")).len() == 1).then_some(()))
+            .await;
         let (code, out, said) = running.cli(&place, &["dead-letters", "list", name, "--output", "json"]);
         assert_eq!(code, 0, "{said}");
         let answer: serde_json::Value = serde_json::from_str(&out).unwrap();

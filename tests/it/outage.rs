@@ -22,7 +22,8 @@ async fn batch(running: &Running, namespace: &str, payloads: impl Iterator<Item 
     let lines: Vec<String> =
         payloads.map(|payload| json!({"namespace": namespace, "payload": payload}).to_string()).collect();
     let request = running.client.post(format!("{}/api/v1/wal/write/batch", running.url));
-    let answer = request.header("content-type", "application/x-ndjson").body(lines.join("\n") + "\n").send().await.unwrap();
+    let answer =
+        request.header("content-type", "application/x-ndjson").body(lines.join("\n") + "\n").send().await.unwrap();
     let text = answer.text().await.unwrap();
     let results: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(results.len(), lines.len(), "{text}");
@@ -53,8 +54,11 @@ async fn a_target_that_is_down_longer_than_all_retries_costs_no_record() {
         status["branches"][0]["lagRecords"] == 0 && status["branches"][0]["setAside"] == 0
     })
     .await;
-    let bodies: BTreeSet<u64> =
-        receiver.accepted().iter().map(|got| serde_json::from_slice::<Value>(&got.body).unwrap()["n"].as_u64().unwrap()).collect();
+    let bodies: BTreeSet<u64> = receiver
+        .accepted()
+        .iter()
+        .map(|got| serde_json::from_slice::<Value>(&got.body).unwrap()["n"].as_u64().unwrap())
+        .collect();
     assert_eq!(bodies, (0..2_100).collect());
 }
 
@@ -84,7 +88,8 @@ async fn a_deploy_that_refuses_everything_pauses_the_branch_until_somebody_resum
     let running = place.start().await;
     batch(&running, "deploy", (0..2_000).map(|n| json!({ "n": n }))).await;
     let status =
-        until_status(&running, "deploy", "a pause", |status| status["branches"][0]["pause"]["cause"] == "refused").await;
+        until_status(&running, "deploy", "a pause", |status| status["branches"][0]["pause"]["cause"] == "refused")
+            .await;
     let dead = status["branches"][0]["deadLetters"].as_u64().unwrap();
     assert!((1..=400).contains(&dead), "{dead} records were given up before the pause");
     bad.store(false, Ordering::SeqCst);

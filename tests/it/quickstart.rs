@@ -24,7 +24,11 @@ fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         let target = to.join(entry.file_name());
-        if entry.path().is_dir() { copy(&entry.path(), &target) } else { fs::copy(entry.path(), target).map(drop).unwrap() }
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target)
+        } else {
+            fs::copy(entry.path(), target).map(drop).unwrap()
+        }
     }
 }
 
@@ -32,7 +36,9 @@ fn copy(from: &Path, to: &Path) {
 async fn the_commands_of_the_readme_do_what_it_says() {
     let blocks = blocks("sh");
     let [start, tests, curl, tail, refuse, mend] = blocks.as_slice() else { panic!("{blocks:#?}") };
-    assert!(start.contains("apt-get install") && start.contains("cargo run --release --locked -- run examples/quickstart"));
+    assert!(
+        start.contains("apt-get install") && start.contains("cargo run --release --locked -- run examples/quickstart")
+    );
     assert!(root().join(tests.trim()).is_file());
 
     let place = Place::new().arg("examples/quickstart");
@@ -42,7 +48,9 @@ async fn the_commands_of_the_readme_do_what_it_says() {
     let running = place.start().await;
     let address = running.url.trim_start_matches("http://").to_owned();
     let shell = |script: &str| {
-        let script = script.replace("localhost:3000", &address).replace("pkill -HUP -x walflow", &format!("kill -HUP {}", running.pid()));
+        let script = script
+            .replace("localhost:3000", &address)
+            .replace("pkill -HUP -x walflow", &format!("kill -HUP {}", running.pid()));
         let mut command = Command::new("bash");
         command.args(["-euo", "pipefail", "-c", &script]).current_dir(place.path("")).env("WALFLOW_URL", &running.url);
         let output = command.output().unwrap();
@@ -53,9 +61,15 @@ async fn the_commands_of_the_readme_do_what_it_says() {
 
     let answer = shell(curl);
     assert!(answer.contains(r#""durable":"succeeded""#), "{answer}");
-    until("both regions", || (place.lines("out/us-east-1.ndjson").len() + place.lines("out/eu-west-1.ndjson").len() == 2).then_some(())).await;
+    until("both regions", || {
+        (place.lines("out/us-east-1.ndjson").len() + place.lines("out/eu-west-1.ndjson").len() == 2).then_some(())
+    })
+    .await;
     assert_eq!(shell(tail).matches("John Doe").count(), 2);
-    until("the screen", || (place.lines("stdout").iter().filter(|line| line.contains("John Doe")).count() == 2).then_some(())).await;
+    until("the screen", || {
+        (place.lines("stdout").iter().filter(|line| line.contains("John Doe")).count() == 2).then_some(())
+    })
+    .await;
 
     shell(refuse.lines().next().unwrap());
     let list = refuse.lines().nth(1).unwrap();

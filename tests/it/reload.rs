@@ -60,7 +60,9 @@ async fn a_route_that_moves_records_between_arms_under_load_loses_none_and_doubl
         let payload: serde_json::Value = serde_json::from_slice(&got.body).unwrap();
         *seen.entry(payload["n"].as_u64().unwrap()).or_default() += 1;
     }
-    let wrong: Vec<_> = (0..all).filter_map(|n| Some((n, seen.get(&n).copied().unwrap_or(0))).filter(|(_, times)| *times != 1)).collect();
+    let wrong: Vec<_> = (0..all)
+        .filter_map(|n| Some((n, seen.get(&n).copied().unwrap_or(0))).filter(|(_, times)| *times != 1))
+        .collect();
     assert!(wrong.is_empty(), "of {all} these arrived another number of times than once: {wrong:?}");
     assert!(left.count() > 0 && right.count() > 0);
 }
@@ -98,7 +100,9 @@ async fn records_from_before_an_edit_take_the_old_way_also_after_a_restart() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_file_keeps_its_last_good_plan_over_a_restart_too() {
     let good = "namespace: broken\nsink: { file: { path: out.ndjson } }\n";
-    let place = Place::new().pipeline("p.yaml", good).pipeline("other.yaml", "namespace: other\nsink: { file: { path: other.ndjson } }\n");
+    let place = Place::new()
+        .pipeline("p.yaml", good)
+        .pipeline("other.yaml", "namespace: other\nsink: { file: { path: other.ndjson } }\n");
     let mut running = place.start().await;
     place.put("p.yaml", "namespace: broken\nsink: { file: { path: out.ndjson }, retires: {} }\n");
     reload(&running, 1).await;
@@ -107,8 +111,14 @@ async fn a_broken_file_keeps_its_last_good_plan_over_a_restart_too() {
         assert_eq!(status["config"]["state"], "stale", "{status:#}");
         let problem = status["config"]["problem"].to_string();
         assert!(problem.contains("WF0201") && problem.contains("p.yaml") && problem.contains('2'), "{problem}");
-        let metrics = running.client.get(format!("{}/metrics", running.url)).send().await.unwrap().text().await.unwrap();
-        assert!(metrics.lines().any(|line| line.starts_with("walflow_config_stale{") && line.contains("broken") && line.ends_with(" 1")), "{metrics}");
+        let metrics =
+            running.client.get(format!("{}/metrics", running.url)).send().await.unwrap().text().await.unwrap();
+        assert!(
+            metrics.lines().any(|line| line.starts_with("walflow_config_stale{")
+                && line.contains("broken")
+                && line.ends_with(" 1")),
+            "{metrics}"
+        );
         running.accepted("broken", None, json!({ "round": round })).await;
         running.accepted("other", None, json!({ "round": round })).await;
         until("delivery by the last good plan", || (place.lines("out.ndjson").len() == round + 1).then_some(())).await;
@@ -140,7 +150,8 @@ async fn a_file_that_never_was_good_answers_503_and_the_others_run() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deleted_file_refuses_writes_and_drains_and_a_new_one_is_taken_up() {
     let receiver = Receiver::judging(|_| 503).await;
-    let place = Place::new().pipeline("p.yaml", &format!("namespace: going\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url));
+    let place = Place::new()
+        .pipeline("p.yaml", &format!("namespace: going\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url));
     let running = place.start().await;
     running.accepted("going", None, json!({"last": true})).await;
     std::fs::remove_file(place.path("pipelines/p.yaml")).unwrap();
@@ -176,7 +187,9 @@ async fn a_renamed_arm_goes_on_where_it_was_and_a_retired_one_ends() {
     kept.judge(|_| 200);
     gone.judge(|_| 200);
     until("the backlog under the new name", || (kept.count() == 5).then_some(())).await;
-    let status = until_status(&running, "renamed", "one branch", |status| status["branches"].as_array().unwrap().len() == 1).await;
+    let status =
+        until_status(&running, "renamed", "one branch", |status| status["branches"].as_array().unwrap().len() == 1)
+            .await;
     assert_eq!(status["branches"][0]["name"], "fresh");
     // The line may go again, and a restart changes nothing.
     place.put("p.yaml", &yaml(&arm("fresh", &kept.url, ""), ""));

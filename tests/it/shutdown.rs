@@ -10,7 +10,8 @@ use crate::harness::{Place, Receiver, until, until_status};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_with_a_dead_target_ends_well_and_in_time_and_loses_nothing() {
     let receiver = Receiver::judging(|_| 503).await;
-    let yaml = format!("namespace: stopping\nsink: {{ http: {{ url: '{}' }}, batch: {{ records: 10 }} }}\n", receiver.url);
+    let yaml =
+        format!("namespace: stopping\nsink: {{ http: {{ url: '{}' }}, batch: {{ records: 10 }} }}\n", receiver.url);
     let place = Place::new().pipeline("p.yaml", &yaml).arg("--shutdown-timeout").arg("2s");
     let mut running = place.start().await;
     for n in 0..50 {
