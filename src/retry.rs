@@ -12,6 +12,7 @@ use crate::units::Span;
 #[serde(deny_unknown_fields, default)]
 pub struct RetrySpec {
     /// Attempts before a record may be given up, the first included. Default: 8; 12 for `http`. Minimum: 1.
+    #[schemars(range(min = 1))]
     pub attempts: Option<u32>,
     /// The waits between attempts.
     pub backoff: BackoffSpec,
@@ -34,6 +35,7 @@ pub struct BackoffSpec {
     /// No wait is longer. Default: 2m; 6h for `http`.
     pub max: Option<Span>,
     /// Each wait may be this many times longer than the one before. Default: 2; 4 for `http`. Minimum: 1.
+    #[schemars(range(min = 1.0))]
     pub factor: Option<f64>,
     /// `full` draws each wait between zero and its longest; `none` always waits the longest. Default: full.
     pub jitter: Jitter,

@@ -3,7 +3,15 @@
 //! These types are the file's grammar: they carry its docs, its defaults and its JSON Schema. What the file *means* is
 //! the plan's business.
 
+pub mod check;
+pub mod code;
+pub mod diagnostic;
+pub mod environment;
+pub mod expand;
+pub mod grammar;
 pub mod sink;
+pub mod text;
+pub mod tree;
 
 use indexmap::IndexMap;
 use schemars::JsonSchema;

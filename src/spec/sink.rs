@@ -119,8 +119,10 @@ pub struct SinkLimitsSpec {
     /// Records in a time. Default: no limit.
     pub rate: Option<Rate>,
     /// How many may go at once after a quiet time. Default: one second's worth.
+    #[schemars(range(min = 1))]
     pub burst: Option<u32>,
     /// Batches under way at once. Default: 8. Minimum: 1. Maximum: 256.
+    #[schemars(range(min = 1, max = 256))]
     pub concurrency: u32,
 }
 
@@ -135,6 +137,7 @@ impl Default for SinkLimitsSpec {
 #[serde(deny_unknown_fields, default)]
 pub struct BatchSpec {
     /// Records at most. Default: 200; 1 for `http` without `batch:`. Minimum: 1. Maximum: 10000.
+    #[schemars(range(min = 1, max = 10_000))]
     pub records: u32,
     /// Payload bytes at most. Default: 1MiB.
     pub bytes: ByteSize,
