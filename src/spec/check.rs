@@ -41,6 +41,9 @@ pub fn check(schema: &'static Value, value: &mut Value, pointer: &str, whole: bo
     walk.value(schema, value, pointer)
 }
 
+/// The types of the sinks' settings.
+const KIND_TYPES: &[&str] = &["StdoutSpec", "FileSpec", "HttpSpec", "RedisSpec"];
+
 struct Walk<'a> {
     out: &'a mut Checked,
     whole: bool,
@@ -80,7 +83,9 @@ fn shown(value: &Value) -> String {
 pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_lowercase();
     known
-        .map(|candidate| (candidate, strsim::jaro_winkler(&word, candidate), strsim::damerau_levenshtein(&word, candidate)))
+        .map(|candidate| {
+            (candidate, strsim::jaro_winkler(&word, candidate), strsim::damerau_levenshtein(&word, candidate))
+        })
         .filter(|(candidate, likeness, distance)| *likeness >= 0.84 || *distance <= candidate.len().min(word.len()) / 3)
         .max_by(|a, b| a.1.total_cmp(&b.1))
         .map(|(candidate, ..)| candidate)
@@ -115,10 +120,26 @@ impl Walk<'_> {
             if let Some(fits) = self.named(name, optional, value, pointer) {
                 return fits;
             }
-            if optional && value.is_null() && grammar::definition(name).get("properties").is_none() && !is_map(grammar::definition(name)) {
+            if optional
+                && value.is_null()
+                && grammar::definition(name).get("properties").is_none()
+                && !is_map(grammar::definition(name))
+            {
                 return true;
             }
         }
+        // A kind's required settings may come from the regions: the plan asks for them once those are merged.
+        let overridden = named.is_some_and(|name| KIND_TYPES.contains(&name))
+            && pointer.starts_with("/sink/")
+            && !pointer.contains("/also/");
+        let asked = self.whole;
+        self.whole = asked && !overridden;
+        let fits = self.shape(schema, value, pointer);
+        self.whole = asked;
+        fits
+    }
+
+    fn shape(&mut self, schema: &'static Value, value: &mut Value, pointer: &str) -> bool {
         let schema = resolve(schema);
         if let Some(words) = words(schema) {
             return self.word(&words, value, pointer);
@@ -155,7 +176,9 @@ impl Walk<'_> {
                     _ => "a number",
                 };
                 let help = match (expected, &*found) {
-                    ("string", Value::Number(_) | Value::Bool(_)) => Some(format!("put quotes around it: \"{}\"", shown(found))),
+                    ("string", Value::Number(_) | Value::Bool(_)) => {
+                        Some(format!("put quotes around it: \"{}\"", shown(found)))
+                    }
                     ("array", Value::Object(_)) => Some("begin each item with '- '".to_owned()),
                     ("object", Value::Array(_)) => Some("write `key: value` lines without '- '".to_owned()),
                     _ => self.description(schema),
@@ -179,7 +202,11 @@ impl Walk<'_> {
                 Value::String(_) | Value::Number(_) => true,
                 Value::Null if optional => true,
                 other => {
-                    let message = format!("expected a duration or an expression for {}, found {}", name_of(pointer), type_of(other));
+                    let message = format!(
+                        "expected a duration or an expression for {}, found {}",
+                        name_of(pointer),
+                        type_of(other)
+                    );
                     self.find(Code::WrongType, pointer, message, Some("write a duration such as 5s".to_owned()));
                     false
                 }
@@ -189,11 +216,12 @@ impl Walk<'_> {
             Value::String(text) => text.clone(),
             Value::Number(number) => number.to_string(),
             other => {
-                parse_named(name, "")?;
+                let _ = parse_named(name, "")?;
                 if optional && other.is_null() {
                     return Some(true);
                 }
-                let expected = grammar::definition(name).get("description").and_then(Value::as_str).unwrap_or("a number");
+                let expected =
+                    grammar::definition(name).get("description").and_then(Value::as_str).unwrap_or("a number");
                 let message = format!("expected {expected} for {}, found {}", name_of(pointer), type_of(other));
                 self.find(Code::WrongType, pointer, message, None);
                 return Some(false);
@@ -221,7 +249,9 @@ impl Walk<'_> {
 
     fn number(&mut self, schema: &Value, value: &Value, pointer: &str) -> bool {
         let number = value.as_f64().unwrap_or_default();
-        let integer = schema.get("type").is_some_and(|kind| kind == "integer" || kind.get(0).is_some_and(|first| first == "integer"));
+        let integer = schema
+            .get("type")
+            .is_some_and(|kind| kind == "integer" || kind.get(0).is_some_and(|first| first == "integer"));
         if integer && value.as_u64().is_none() {
             let message = format!("expected a whole number of 0 or more for {}, found {value}", name_of(pointer));
             self.find(Code::WrongType, pointer, message, None);
@@ -295,7 +325,11 @@ impl Walk<'_> {
             let here = child(pointer, key);
             if !self.out.pruned.contains(&here) {
                 let property = properties.and_then(|known| known.get(key)).unwrap_or(&Value::Null);
-                let message = if pointer.is_empty() { format!("'{key}' is missing") } else { format!("'{key}' is missing in {}", name_of(pointer)) };
+                let message = if pointer.is_empty() {
+                    format!("'{key}' is missing")
+                } else {
+                    format!("'{key}' is missing in {}", name_of(pointer))
+                };
                 let help = self.description(property).map(|text| format!("{key}: {text}"));
                 self.find(Code::MissingKey, pointer, message, help).at_key = true;
             }
@@ -325,7 +359,11 @@ impl Walk<'_> {
         let places = grammar::places_of(key);
         let (code, message, help) = if let (Some(inside), true) = (inside, !places.is_empty()) {
             let inside = if parent.is_empty() { inside.to_owned() } else { format!("{}.{inside}", dotted(parent)) };
-            (Code::MisplacedKey, format!("'{key}' does not stand here"), format!("'{key}' belongs under '{inside}': indent it below that line"))
+            (
+                Code::MisplacedKey,
+                format!("'{key}' does not stand here"),
+                format!("'{key}' belongs under '{inside}': indent it below that line"),
+            )
         } else if let (Some(place), true) = (places.first(), close.is_none_or(|close| close != key)) {
             let where_to = if place.is_empty() {
                 format!("'{key}' belongs to the top level of the file: indent it less")
@@ -334,10 +372,17 @@ impl Walk<'_> {
             };
             (Code::MisplacedKey, format!("'{key}' does not stand here"), where_to)
         } else {
-            let message = close.map_or_else(|| format!("unknown key '{key}'"), |close| format!("unknown key '{key}', did you mean '{close}'?"));
+            let message = close.map_or_else(
+                || format!("unknown key '{key}'"),
+                |close| format!("unknown key '{key}', did you mean '{close}'?"),
+            );
             (Code::UnknownKey, message, format!("known here: {}", known.join(", ")))
         };
-        let help = if known.is_empty() && code == Code::UnknownKey { "nothing stands below this key".to_owned() } else { help };
+        let help = if known.is_empty() && code == Code::UnknownKey {
+            "nothing stands below this key".to_owned()
+        } else {
+            help
+        };
         self.find(code, pointer, message, Some(help)).at_key = true;
     }
 }
@@ -390,7 +435,11 @@ mod tests {
     fn found(value: &Value) -> Vec<String> {
         let mut value = value.clone();
         let checked = check_file(&mut value, &[]);
-        checked.findings.iter().map(|f| format!("{} {} {} | {}", f.code, f.pointer, f.message, f.help.clone().unwrap_or_default())).collect()
+        checked
+            .findings
+            .iter()
+            .map(|f| format!("{} {} {} | {}", f.code, f.pointer, f.message, f.help.clone().unwrap_or_default()))
+            .collect()
     }
 
     fn one(value: &Value) -> String {
@@ -405,7 +454,10 @@ mod tests {
         assert!(one(&sink(json!({"stdout": {}, "retires": {}}))).contains("did you mean 'retry'?"));
         assert!(one(&sink(json!({"stdot": {}}))).contains("did you mean 'stdout'?"));
         assert!(one(&sink(json!({"kafka": {}}))).starts_with("WF0207"));
-        assert!(one(&json!({"namespace": "a", "sink": {"stdout": {}}, "retry": {}})).contains("'retry' belongs under 'sink'"));
+        assert!(
+            one(&json!({"namespace": "a", "sink": {"stdout": {}}, "retry": {}}))
+                .contains("'retry' belongs under 'sink'")
+        );
         assert!(one(&sink(json!({"stdout": {}, "attempts": 3}))).contains("belongs under 'sink.retry'"));
         assert!(one(&sink(json!({"stdout": {}, "transform": []}))).contains("top level"));
         assert!(one(&sink(json!({"stdout": {}, "zzz": 1}))).contains("known here: route"));
@@ -427,7 +479,10 @@ mod tests {
         assert!(case(json!({"sink": {"stdout": {}, "batch": {"records": 1.5}}})).contains("whole number"));
         assert!(case(json!({"sink": {"stdout": {}, "batch": {"records": "ten"}}})).starts_with("WF0204"));
         assert!(case(json!({"delay": {"for": []}})).contains("a duration or an expression"));
-        assert!(case(json!({"sink": {"http": {}}})).contains("'url' is missing in 'http'"));
+        assert!(
+            case(json!({"sink": {"stdout": {}, "dead_letters": {"also": {"file": {}}}}}))
+                .contains("'path' is missing in 'file'")
+        );
     }
 
     #[test]

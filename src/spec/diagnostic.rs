@@ -193,7 +193,11 @@ fn mask(line: &str) -> String {
     for found in credentials.captures_iter(line) {
         for name in ["a", "b", "c"] {
             if let Some(part) = found.name(name) {
-                let stars: String = part.as_str().chars().map(|c| if c.is_ascii() { "*".to_owned() } else { "*".repeat(c.len_utf8()) }).collect();
+                let stars: String = part
+                    .as_str()
+                    .chars()
+                    .map(|c| if c.is_ascii() { "*".to_owned() } else { "*".repeat(c.len_utf8()) })
+                    .collect();
                 out.replace_range(part.range(), &stars);
             }
         }
@@ -225,7 +229,8 @@ mod tests {
 
     #[test]
     fn a_problem_reads_like_a_compilers() {
-        let diagnostic = Diagnostic::at(Code::UnknownKey, &text(), &(21..28), "unknown key 'retires'").help("did you mean 'retry'?");
+        let diagnostic =
+            Diagnostic::at(Code::UnknownKey, &text(), &(21..28), "unknown key 'retires'").help("did you mean 'retry'?");
         assert_eq!(
             diagnostic.render(false),
             "error[WF0201]: unknown key 'retires'\n --> pipelines/a.yaml:3:3\n  |\n3 |   retires: { attempts: 3 }\n  |   ^^^^^^^\n  = help: did you mean 'retry'?\n"

@@ -145,8 +145,9 @@ type Unresolved = (Code, String, String);
 
 fn resolve(body: &str, environment: &Environment) -> Result<(String, Used), Unresolved> {
     if let Some(path) = body.strip_prefix("file:") {
-        let value = read_secret(Path::new(path))
-            .map_err(|why| (Code::SecretFile, format!("${{file:{path}}}: {why}"), "create the file, or correct its path".to_owned()))?;
+        let value = read_secret(Path::new(path)).map_err(|why| {
+            (Code::SecretFile, format!("${{file:{path}}}: {why}"), "create the file, or correct its path".to_owned())
+        })?;
         return Ok((value.clone(), Used { name: body.to_owned(), value: Some(value) }));
     }
     let (name, rest) = body.split_once(':').map_or((body, None), |(name, rest)| (name, Some(rest)));
@@ -167,7 +168,11 @@ fn resolve(body: &str, environment: &Environment) -> Result<(String, Used), Unre
         }),
         Some(("-", default)) => Ok((filled.unwrap_or(default).to_owned(), used(filled))),
         Some(("?", message)) => filled.map(|value| (value.to_owned(), used(Some(value)))).ok_or_else(|| {
-            (Code::UnsetVariable, format!("the environment variable {name} is not set: {message}"), format!("set {name}"))
+            (
+                Code::UnsetVariable,
+                format!("the environment variable {name} is not set: {message}"),
+                format!("set {name}"),
+            )
         }),
         Some(_) => Err((
             Code::BadReference,
@@ -251,7 +256,11 @@ mod tests {
 
     #[test]
     fn debug_names_variables_and_shows_no_value() {
-        let shown = format!("{:?} {:?}", Environment::new([("N".to_owned(), "CANARY".to_owned())]), Used { name: "N".into(), value: Some("CANARY".into()) });
+        let shown = format!(
+            "{:?} {:?}",
+            Environment::new([("N".to_owned(), "CANARY".to_owned())]),
+            Used { name: "N".into(), value: Some("CANARY".into()) }
+        );
         assert!(shown.contains('N') && !shown.contains("CANARY"));
     }
 }

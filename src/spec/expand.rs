@@ -49,7 +49,10 @@ pub struct Expansion {
 impl Expansion {
     /// Every reference that took a value from outside, with that value.
     pub fn outside(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.written.values().flat_map(|written| &written.used).filter_map(|used| Some((used.name.as_str(), used.value.as_deref()?)))
+        self.written
+            .values()
+            .flat_map(|written| &written.used)
+            .filter_map(|used| Some((used.name.as_str(), used.value.as_deref()?)))
     }
 }
 
@@ -187,7 +190,9 @@ fn role(root: &Node, path: &[String]) -> Role {
                 return of_kind(kind, rest);
             }
             match rest {
-                [name, rest @ ..] => arm(root, name).and_then(kind_of).map_or(Role::Setting, |kind| of_kind(kind, rest)),
+                [name, rest @ ..] => {
+                    arm(root, name).and_then(kind_of).map_or(Role::Setting, |kind| of_kind(kind, rest))
+                }
                 [] => Role::Setting,
             }
         }
@@ -213,14 +218,19 @@ mod tests {
     fn expansion(yaml: &str) -> Expansion {
         let text = Text::new("a.yaml", yaml);
         let (root, _) = tree::read(&text).unwrap();
-        let environment = Environment::new([("N", "8"), ("S", "no: {payload.x}"), ("T", "true")].map(|(n, v)| (n.to_owned(), v.to_owned())));
+        let environment = Environment::new(
+            [("N", "8"), ("S", "no: {payload.x}"), ("T", "true")].map(|(n, v)| (n.to_owned(), v.to_owned())),
+        );
         expand_tree(&text, &root, &environment)
     }
 
     #[test]
     fn a_plain_scalar_that_is_one_reference_takes_a_type_and_nothing_else_does() {
         let value = expansion("a: ${N}\nb: \"${N}\"\nc: x${N}\nd: ${T}\ne: ${S}\nf: ${NONE:-null}\n").value;
-        assert_eq!(value, serde_json::json!({"a": 8, "b": "8", "c": "x8", "d": true, "e": "no: {payload.x}", "f": "null"}));
+        assert_eq!(
+            value,
+            serde_json::json!({"a": 8, "b": "8", "c": "x8", "d": true, "e": "no: {payload.x}", "f": "null"})
+        );
     }
 
     #[test]
@@ -237,7 +247,10 @@ mod tests {
     fn a_region_knows_which_of_its_fields_are_templates() {
         let http = expansion("replicate: { regions: { a: { url: '${S}' } } }\nsink: { http: { url: x } }\n").value;
         assert_eq!(http["replicate"]["regions"]["a"]["url"], "no: {{payload.x}");
-        let redis = expansion("replicate: { regions: { a: { r: { url: '${S}' } } } }\nsink: { route: [{ name: r, redis: {} }] }\n").value;
+        let redis = expansion(
+            "replicate: { regions: { a: { r: { url: '${S}' } } } }\nsink: { route: [{ name: r, redis: {} }] }\n",
+        )
+        .value;
         assert_eq!(redis["replicate"]["regions"]["a"]["r"]["url"], "no: {payload.x}");
     }
 
@@ -249,7 +262,10 @@ mod tests {
 
     #[test]
     fn plain_scalars_have_the_types_of_serde_yaml() {
-        for text in ["1", "-1.5", "0x1f", "true", "~", "null", "1e3", "no", "yes", "1_000", "12:30", ".inf", "+1", "1.2.3", "-", "007"] {
+        for text in [
+            "1", "-1.5", "0x1f", "true", "~", "null", "1e3", "no", "yes", "1_000", "12:30", ".inf", "+1", "1.2.3", "-",
+            "007",
+        ] {
             let ours = core_type(text);
             let theirs = serde_yaml::from_str::<serde_yaml::Value>(text).unwrap();
             let theirs = serde_json::to_value(theirs).unwrap_or_else(|_| Value::String(text.to_owned()));

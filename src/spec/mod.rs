@@ -9,9 +9,13 @@ pub mod diagnostic;
 pub mod environment;
 pub mod expand;
 pub mod grammar;
+mod load;
+mod rules;
 pub mod sink;
 pub mod text;
 pub mod tree;
+
+pub use load::{LARGEST_FILE, Load, Loaded, Neighbours, load, load_text};
 
 use indexmap::IndexMap;
 use schemars::JsonSchema;

@@ -92,7 +92,10 @@ mod tests {
     #[test]
     fn lines_and_columns_count_from_one_and_in_characters() {
         let text = Text::new("a", "\u{feff}é: 1\r\nb: 2\n\nd");
-        assert_eq!((text.line(1), text.line(2), text.line(3), text.line(4), text.line(5)), ("é: 1", "b: 2", "", "d", ""));
+        assert_eq!(
+            (text.line(1), text.line(2), text.line(3), text.line(4), text.line(5)),
+            ("é: 1", "b: 2", "", "d", "")
+        );
         let at = text.offset(3);
         assert_eq!((text.slice(at..at + 1), text.line_of(at), text.column_of(at)), ("1", 1, 4));
         assert_eq!(text.slice(text.offset(6)..text.offset(99)), "b: 2\n\nd");

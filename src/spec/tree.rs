@@ -223,7 +223,9 @@ impl Reader<'_> {
                         code: Code::Documents,
                         range,
                         message: "the file holds more than one document".to_owned(),
-                        help: Some("one file is one namespace: put what follows `---` into a file of its own".to_owned()),
+                        help: Some(
+                            "one file is one namespace: put what follows `---` into a file of its own".to_owned(),
+                        ),
                     });
                 }
             }
@@ -280,7 +282,14 @@ impl Reader<'_> {
             return Err(Self::too_complex(range, format!("the file is nested deeper than {DEEPEST} levels")));
         }
         self.refuse_tag(tagged, &range);
-        self.open.push(Open { content, start: range.start, anchor, key: None, merges: Vec::new(), keys: HashMap::new() });
+        self.open.push(Open {
+            content,
+            start: range.start,
+            anchor,
+            key: None,
+            merges: Vec::new(),
+            keys: HashMap::new(),
+        });
         Ok(())
     }
 
