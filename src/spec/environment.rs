@@ -24,6 +24,11 @@ impl Environment {
         Self { variables: variables.into_iter().collect() }
     }
 
+    /// All variables, for the compiler: scripts see those that their stage allows.
+    pub fn variables(&self) -> BTreeMap<String, String> {
+        self.variables.clone()
+    }
+
     /// A variable's value.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.variables.get(name).map(String::as_str)

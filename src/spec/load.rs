@@ -324,7 +324,7 @@ impl Loaded {
     }
 
     /// True when something at, in or directly around a pointer was taken out: what is missing there was reported.
-    pub(super) fn is_pruned(&self, pointer: &str) -> bool {
+    pub fn is_pruned(&self, pointer: &str) -> bool {
         let inside = |outer: &str, inner: &str| {
             inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
         };

@@ -66,6 +66,13 @@ impl Text {
         self.characters.get(character).map_or(self.text.len(), |at| *at as usize)
     }
 
+    /// The byte at a line and a column in characters, both from 1; at most the line's end.
+    pub fn offset_at(&self, line: usize, column: usize) -> usize {
+        let start = line.checked_sub(1).and_then(|index| self.starts.get(index)).copied().unwrap_or(self.text.len());
+        let text = self.line(line);
+        start + text.char_indices().nth(column.saturating_sub(1)).map_or(text.len(), |(at, _)| at)
+    }
+
     /// The line (from 1) of a byte.
     pub fn line_of(&self, at: usize) -> usize {
         self.starts.partition_point(|start| *start <= at)
