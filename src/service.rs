@@ -1,0 +1,160 @@
+//! From pipeline files to a running instance: files → plans → log → branches → HTTP, and back down in order.
+//!
+//! Takes settings, returns when a signal has asked for a stop and everything is closed. Owns the start order, the drain
+//! order and the reload. A namespace that fails is that namespace's trouble: the others run.
+
+mod files;
+mod logs;
+mod pipeline;
+mod pipelines;
+mod signals;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use secrecy::SecretString;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, info, warn};
+
+use crate::clock::Clock;
+use crate::spec::diagnostic::Diagnostic;
+
+use files::Files;
+use logs::Logs;
+use pipelines::Pipelines;
+use signals::{Signals, Wish};
+
+/// Settings of one instance.
+#[derive(Debug)]
+pub struct Settings {
+    /// Pipeline files, and folders of them.
+    pub paths: Vec<PathBuf>,
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// The folder that holds the log.
+    pub data: PathBuf,
+    /// Refuse to start when any file has a problem.
+    pub strict: bool,
+    /// How long a stop lets what is under way end.
+    pub shutdown_timeout: Duration,
+    /// Every caller needs one of them; empty = only loopback is listened on and nobody needs one.
+    pub api_keys: Vec<SecretString>,
+    /// Where to write the address that is listened on.
+    pub address_file: Option<PathBuf>,
+}
+
+/// Why an instance could not start or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The files have problems, all of which are told.
+    #[error("{}", told(.problems))]
+    Config {
+        /// Every problem.
+        problems: Vec<Diagnostic>,
+    },
+    /// Another process works on the data folder.
+    #[error("{reason}")]
+    Held {
+        /// Who, as far as it is known.
+        reason: String,
+    },
+    /// Without keys anybody in the network could write.
+    #[error(
+        "without API keys walflow listens on loopback only, and {listen} is not loopback: set VALID_API_KEYS=key1,key2, or listen on 127.0.0.1:{}",
+        .listen.port()
+    )]
+    OpenToAll {
+        /// The address that was asked for.
+        listen: SocketAddr,
+    },
+    /// The log could not be opened.
+    #[error("the log in {} cannot be opened: {reason}", .data.display())]
+    Log {
+        /// The data folder.
+        data: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {listen}: {cause}; another program may hold the port, --listen names another")]
+    Listen {
+        /// The address that was asked for.
+        listen: SocketAddr,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// A file beside the log could not be written, or signals could not be had.
+    #[error("{act}: {cause}")]
+    System {
+        /// What was tried.
+        act: String,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// The log failed while running; nothing acknowledged is lost, the next start repairs it.
+    #[error("the log failed and was closed: {reason}; start again to repair it")]
+    Fenced {
+        /// What failed.
+        reason: String,
+    },
+}
+
+fn told(problems: &[Diagnostic]) -> String {
+    let texts: Vec<String> = problems.iter().map(|problem| problem.render(false)).collect();
+    format!("the pipeline files have problems\n{}", texts.join("\n"))
+}
+
+/// Runs until a signal asks for a stop.
+///
+/// # Errors
+/// When it cannot start, or the log fails.
+pub async fn run(settings: Settings) -> Result<(), ServiceError> {
+    if settings.api_keys.is_empty() && !settings.listen.ip().is_loopback() {
+        return Err(ServiceError::OpenToAll { listen: settings.listen });
+    }
+    let mut signals = Signals::new().map_err(|cause| ServiceError::System { act: "listen for signals".into(), cause })?;
+    let files = Files::new(settings.paths.clone());
+    let loaded = files.load();
+    loaded.report();
+    if settings.strict && loaded.has_errors() {
+        return Err(ServiceError::Config { problems: loaded.into_problems() });
+    }
+
+    let clock = Clock::system();
+    let logs = Logs::open(&settings.data, clock.clone()).await?;
+    let listener = listen(settings.listen).await?;
+    let address = listener.local_addr().unwrap_or(settings.listen);
+
+    let (running, intake) = (CancellationToken::new(), CancellationToken::new());
+    let tasks = TaskTracker::new();
+    let pipelines = Arc::new(Pipelines::new(logs, clock, running.clone(), tasks.clone()));
+    pipelines.apply(loaded).await;
+    tasks.spawn(Arc::clone(&pipelines).sweep());
+    let server = tasks.spawn(ingest(Arc::clone(&pipelines), listener, &settings, intake.clone()));
+    if let Some(file) = &settings.address_file {
+        write_address(file, address)?;
+    }
+    pipelines.set_ready(true);
+    info!(%address, namespaces = pipelines.count(), data = %settings.data.display(), "ready");
+
+    let fenced = loop {
+        tokio::select! {
+            wish = signals.next() => match wish {
+                Wish::Reload => {
+                    let loaded = files.load();
+                    loaded.report();
+                    pipelines.apply(loaded).await;
+                    info!(namespaces = pipelines.count(), "read the pipeline files again");
+                }
+                Wish::Stop => break None,
+            },
+            reason = pipelines.fenced() => break Some(reason),
+        }
+    };
+    stop(&settings, &pipelines, signals, (running, intake), tasks, server).await;
+    fenced.map_or(Ok(()), |reason| Err(ServiceError::Fenced { reason }))
+}
