@@ -158,3 +158,14 @@ pub async fn run(settings: Settings) -> Result<(), ServiceError> {
     stop(&settings, &pipelines, signals, (running, intake), tasks, server).await;
     fenced.map_or(Ok(()), |reason| Err(ServiceError::Fenced { reason }))
 }
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, ServiceError> {
+    TcpListener::bind(address).await.map_err(|cause| ServiceError::Listen { listen: address, cause })
+}
+
+/// A file that is there is whole: whoever waits for it never reads half an address.
+fn write_address(file: &Path, address: SocketAddr) -> Result<(), ServiceError> {
+    let next = file.with_extension("next");
+    let written = std::fs::write(&next, format!("{address}\n")).and_then(|()| std::fs::rename(&next, file));
+    written.map_err(|cause| ServiceError::System { act: format!("write the address to {}", file.display()), cause })
+}

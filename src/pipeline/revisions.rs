@@ -76,6 +76,11 @@ impl Revisions {
         self.plans.read().last_key_value().map(|(_, plan)| Arc::clone(plan))
     }
 
+    /// The plans that are known, by epoch.
+    pub fn known(&self) -> BTreeMap<u32, Arc<Plan>> {
+        self.plans.read().clone()
+    }
+
     /// What is in force for every record that could be read before this call. Waits for a plan that is being made.
     ///
     /// The log shows an epoch before it shows a record after it, so call this *after* reading.

@@ -1,0 +1,139 @@
+//! The pipeline files as they are now: read, made into plans, and told to whoever reads the log.
+//!
+//! Takes paths, gives for each namespace a plan or the first thing that is wrong. Remembers which file held which
+//! namespace, so that a file that cannot be read at all still counts as that namespace's.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tracing::{error, warn};
+
+use crate::clock::Clock;
+use crate::pipeline::plan::Plan;
+use crate::pipeline::{from_epoch, make};
+use crate::record::Namespace;
+use crate::spec::code::Code;
+use crate::spec::diagnostic::Diagnostic;
+use crate::spec::environment::Environment;
+use crate::spec::{Loaded, load};
+use crate::transform::Compiler;
+
+/// Where the files are and what they may refer to.
+pub struct Files {
+    paths: Vec<PathBuf>,
+    environment: Environment,
+    compiler: Compiler,
+    names: Mutex<BTreeMap<Arc<str>, Namespace>>,
+}
+
+/// What one reading found.
+#[derive(Debug, Default)]
+pub struct Reading {
+    /// By namespace; none twice.
+    pub found: Vec<Found>,
+    /// Everything that was said about the files, warnings too.
+    pub problems: Vec<Diagnostic>,
+    /// The problem of a file of which nobody can say whose it is.
+    pub nameless: Option<Arc<Diagnostic>>,
+}
+
+/// One namespace's file.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The namespace.
+    pub namespace: Namespace,
+    /// Its plan, or the first error.
+    pub plan: Result<Arc<Plan>, Arc<Diagnostic>>,
+}
+
+impl Files {
+    /// Files under these paths; references are resolved in the process's own environment.
+    pub fn new(paths: Vec<PathBuf>) -> Self {
+        let variables: BTreeMap<String, String> = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        let compiler = Compiler::new(Clock::system(), variables.clone());
+        Self { paths, environment: Environment::new(variables), compiler, names: Mutex::default() }
+    }
+
+    /// Reads everything again.
+    pub fn read(&self) -> Reading {
+        let load = load(&self.paths, &self.environment);
+        let mut reading = Reading { problems: load.diagnostics, ..Reading::default() };
+        let mut by_name: BTreeMap<Namespace, Result<Arc<Plan>, Arc<Diagnostic>>> = BTreeMap::new();
+        for loaded in &load.files {
+            let made = make(loaded, &self.environment, &self.compiler);
+            let plan = match (made.plan, made.diagnostics.iter().find(|problem| problem.is_error())) {
+                (Some(plan), None) => Ok(Arc::new(plan)),
+                (_, Some(problem)) => Err(Arc::new(problem.clone())),
+                (None, None) => Err(Arc::new(Diagnostic::of_file(Code::Refused, loaded.text.name(), "it gives no plan"))),
+            };
+            reading.problems.extend(made.diagnostics);
+            match (self.name_of(loaded), plan) {
+                // Of two files for one namespace neither counts, so a fault is kept.
+                (Some(name), plan) => {
+                    let earlier = by_name.remove(&name);
+                    let plan = earlier.filter(Result::is_err).unwrap_or(plan);
+                    by_name.insert(name, plan);
+                }
+                (None, Err(problem)) => reading.nameless = Some(problem),
+                (None, Ok(_)) => {}
+            }
+        }
+        if reading.nameless.is_none() {
+            // A path that leads nowhere may have held any of the namespaces that are missing now.
+            reading.nameless = reading.problems.iter().find(|problem| problem.namespace.is_none() && problem.is_error()).map(|problem| Arc::new(problem.clone()));
+        }
+        reading.found = by_name.into_iter().map(|(namespace, plan)| Found { namespace, plan }).collect();
+        reading
+    }
+
+    /// Makes the plan of an earlier revision again.
+    pub fn restore(&self, files: &[u8]) -> Result<Arc<Plan>, String> {
+        let made = from_epoch(files, &self.environment, &self.compiler).map_err(|error| error.to_string())?;
+        let problem = made.diagnostics.iter().find(|problem| problem.is_error()).map(Diagnostic::short);
+        match (made.plan, problem) {
+            (Some(plan), None) => Ok(Arc::new(plan)),
+            (_, problem) => Err(problem.unwrap_or_else(|| "it gives no plan".to_owned())),
+        }
+    }
+
+    /// Whose file it is: by what it says, by a line that says it in a file that is no YAML, or by what it said before.
+    fn name_of(&self, loaded: &Loaded) -> Option<Namespace> {
+        let line = || {
+            let lines = loaded.text.as_str().lines();
+            let value = lines.filter_map(|line| line.strip_prefix("namespace:")).next()?;
+            value.split('#').next()?.trim().trim_matches(['"', '\'']).parse().ok()
+        };
+        let mut names = self.names.lock();
+        let name = loaded.namespace.clone().or_else(line);
+        match name {
+            Some(name) => {
+                names.insert(Arc::clone(loaded.text.name()), name.clone());
+                Some(name)
+            }
+            None => names.get(loaded.text.name()).cloned(),
+        }
+    }
+}
+
+impl Reading {
+    /// True when any file has an error.
+    pub fn has_errors(&self) -> bool {
+        self.problems.iter().any(Diagnostic::is_error)
+    }
+
+    /// Tells every problem to the log.
+    pub fn report(&self) {
+        for problem in &self.problems {
+            let (code, file, line) = (problem.code.as_str(), &*problem.file, problem.line);
+            if problem.is_error() {
+                error!(code, file, line, "{}", problem.message);
+            } else {
+                warn!(code, file, line, "{}", problem.message);
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! One namespace as it runs: its log, the revisions of its file, and its branches.
+//!
+//! Takes a plan and makes it so, all or nothing; gives status and the way in. Never touches another namespace. A branch
+//! that the file no longer has goes on until nothing of it is left.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::logs::Opened;
+use crate::clock::Clock;
+use crate::pipeline::plan::{BranchPlan, Plan};
+use crate::pipeline::revisions::Revisions;
+use crate::pipeline::task::{Branch, BranchHandle};
+use crate::record::{Namespace, Position};
+use crate::source::{BranchName, Epoch, Log, LogError, Shelf, Start};
+use crate::spec::diagnostic::Diagnostic;
+use crate::spec::sink::StartSpec;
+
+/// How the plan in force relates to the file.
+#[derive(Clone, Debug)]
+pub(super) enum Config {
+    /// It is the file's.
+    Current,
+    /// The file is broken; the last good one is in force.
+    Stale(Arc<Diagnostic>),
+    /// The file is gone: no writes, what is left drains.
+    Deleted,
+}
+
+/// One namespace.
+pub(super) struct Pipeline {
+    pub(super) namespace: Namespace,
+    pub(super) log: Arc<dyn Log>,
+    pub(super) shelf: Arc<dyn Shelf>,
+    pub(super) revisions: Arc<Revisions>,
+    clock: Clock,
+    running: CancellationToken,
+    state: Mutex<State>,
+    /// Held while branches come and go, so that two reloads never mix.
+    changing: tokio::sync::Mutex<()>,
+}
+
+struct State {
+    plan: Arc<Plan>,
+    config: Config,
+    branches: BTreeMap<BranchName, Arc<BranchHandle>>,
+}
+
+impl Pipeline {
+    /// Runs `plan` on an opened log. `earlier` are the plans of the log's epochs, by number.
+    pub(super) async fn start(
+        namespace: Namespace,
+        opened: Opened,
+        earlier: Vec<(u32, Arc<Plan>)>,
+        plan: Arc<Plan>,
+        config: Config,
+        clock: Clock,
+        running: &CancellationToken,
+    ) -> Result<Self, LogError> {
+        let revisions = Arc::new(Revisions::new(Arc::clone(&opened.log)));
+        for (number, plan) in earlier {
+            revisions.publish(number, plan);
+        }
+        let pipeline = Self {
+            namespace,
+            log: opened.log,
+            shelf: opened.shelf,
+            revisions,
+            clock,
+            running: running.child_token(),
+            state: Mutex::new(State { plan: Arc::clone(&plan), config: config.clone(), branches: BTreeMap::new() }),
+            changing: tokio::sync::Mutex::new(()),
+        };
+        pipeline.apply(plan, config).await?;
+        Ok(pipeline)
+    }
+
+    /// Puts `plan` in force: for addresses, retries, limits and scripts at once, for who takes what by a new epoch.
+    pub(super) async fn apply(&self, plan: Arc<Plan>, config: Config) -> Result<(), LogError> {
+        let _changing = self.changing.lock().await;
+        let epoch = self.epoch_of(&plan).await?;
+        self.revisions.publish(epoch.number, Arc::clone(&plan));
+        {
+            let mut state = self.state.lock();
+            state.plan = Arc::clone(&plan);
+            state.config = config;
+        }
+        for name in &plan.retired {
+            self.end(name).await?;
+        }
+        for branch in &plan.branches {
+            self.take_over(branch).await?;
+            let running = self.state.lock().branches.get(&branch.name).cloned();
+            if let Some(handle) = running {
+                handle.update(Arc::clone(branch));
+            } else {
+                self.open(Arc::clone(branch), self.start_of(branch, &epoch)).await?;
+            }
+        }
+        self.drain_removed(&plan).await
+    }
+
+    /// The file is broken or good again; the plan stays.
+    pub(super) fn set_config(&self, config: Config) {
+        self.state.lock().config = config;
+    }
+
+    /// How the plan relates to the file.
+    pub(super) fn config(&self) -> Config {
+        self.state.lock().config.clone()
+    }
+
+    /// The plan in force.
+    pub(super) fn plan(&self) -> Arc<Plan> {
+        Arc::clone(&self.state.lock().plan)
+    }
+
+    /// A branch that runs.
+    pub(super) fn branch(&self, name: &BranchName) -> Option<Arc<BranchHandle>> {
+        self.state.lock().branches.get(name).cloned()
+    }
+
+    /// Every branch that runs, by name.
+    pub(super) fn branches(&self) -> Vec<(BranchName, Arc<BranchHandle>)> {
+        self.state.lock().branches.iter().map(|(name, handle)| (name.clone(), Arc::clone(handle))).collect()
+    }
+
+    /// The epoch that keeps this plan's files; a new one when the newest keeps others.
+    async fn epoch_of(&self, plan: &Plan) -> Result<Epoch, LogError> {
+        match self.log.epochs().pop().filter(|newest| newest.files == plan.files) {
+            Some(newest) => Ok(newest),
+            None => self.log.put_epoch(plan.files.clone()).await,
+        }
+    }
+
+    /// Where a branch begins that the log has never seen: where the file first had it, without a gap since.
+    fn start_of(&self, branch: &BranchPlan, epoch: &Epoch) -> Start {
+        match branch.start {
+            Some(StartSpec::Earliest) => return Start::Earliest,
+            Some(StartSpec::Latest) | None => {}
+        }
+        let plans = self.revisions.known();
+        let has = |number: u32| {
+            plans.get(&number).is_some_and(|plan| plan.branches.iter().any(|other| other.name == branch.name))
+        };
+        let epochs = self.log.epochs();
+        let first = epochs.iter().rev().take_while(|epoch| has(epoch.number)).last();
+        Start::After(first.map_or(epoch.after, |first| first.after).max(Position(0)))
+    }
+
+    /// Carries on under a new name what `was:` names.
+    async fn take_over(&self, branch: &BranchPlan) -> Result<(), LogError> {
+        let Some(was) = &branch.was else { return Ok(()) };
+        let known = self.log.branches();
+        if known.contains(&branch.name) || !known.contains(was) {
+            return Ok(());
+        }
+        self.close(was).await;
+        self.log.rename_branch(was, &branch.name).await?;
+        info!(ns = %self.namespace, from = %was, to = %branch.name, "renamed a branch");
+        Ok(())
+    }
+
+    async fn open(&self, plan: Arc<BranchPlan>, start: Start) -> Result<(), LogError> {
+        let name = plan.name.clone();
+        let found = self.log.open_branch(&name, start).await?;
+        let handle = Branch {
+            namespace: self.namespace.clone(),
+            log: Arc::clone(&self.log),
+            shelf: Arc::clone(&self.shelf),
+            revisions: Arc::clone(&self.revisions),
+            plan,
+            clock: self.clock.clone(),
+        }
+        .start(found);
+        self.state.lock().branches.insert(name, Arc::new(handle));
+        Ok(())
+    }
+
+    /// Branches that the log knows and the file does not: they go on by the last plan that had them.
+    async fn drain_removed(&self, plan: &Plan) -> Result<(), LogError> {
+        for name in self.log.branches() {
+            let kept = plan.branches.iter().any(|branch| branch.name == name);
+            if kept || self.branch(&name).is_some() {
+                continue;
+            }
+            let plans = self.revisions.known();
+            let last = plans.values().rev().find_map(|plan| plan.branches.iter().find(|branch| branch.name == name).cloned());
+            match last {
+                Some(branch) => self.open(branch, Start::Latest).await?,
+                None => warn!(ns = %self.namespace, branch = %name, "no file that is kept has this branch; what it holds waits for one"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends at once a branch that the file retired, with all that it holds.
+    async fn end(&self, name: &BranchName) -> Result<(), LogError> {
+        self.close(name).await;
+        if self.log.branches().contains(name) {
+            let left = self.log.lag(name).records;
+            self.log.forget_branch(name).await?;
+            warn!(ns = %self.namespace, branch = %name, records = left, "retired a branch and dropped what was left");
+        }
+        Ok(())
+    }
+
+    async fn close(&self, name: &BranchName) {
+        let handle = self.state.lock().branches.remove(name);
+        if let Some(handle) = handle {
+            handle.stop().await;
+        }
+    }
+
+    /// Forgets removed branches of which nothing is left. Called now and then.
+    pub(super) async fn sweep(&self) -> Result<(), LogError> {
+        let Ok(_changing) = self.changing.try_lock() else { return Ok(()) };
+        let plan = self.plan();
+        let deleted = matches!(self.config(), Config::Deleted);
+        let removed: Vec<BranchName> = {
+            let state = self.state.lock();
+            let gone = |name: &BranchName| !plan.branches.iter().any(|branch| branch.name == *name);
+            state.branches.keys().filter(|name| !deleted && gone(name)).cloned().collect()
+        };
+        if removed.is_empty() {
+            return Ok(());
+        }
+        let counts = self.shelf.counts();
+        for name in removed {
+            let aside = counts.aside.iter().any(|(branch, rows)| *branch == name && *rows > 0);
+            let dead = counts.dead.iter().any(|(branch, letters, _)| *branch == name && *letters > 0);
+            if self.log.lag(&name).records == 0 && !aside && !dead {
+                self.close(&name).await;
+                self.log.forget_branch(&name).await?;
+                info!(ns = %self.namespace, branch = %name, "a removed branch has nothing left and is gone");
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets what is under way end, and stops reading. The caller bounds the wait.
+    pub(super) async fn drain(&self) {
+        let branches = self.branches();
+        futures::future::join_all(branches.iter().map(|(_, handle)| handle.drain())).await;
+    }
+
+    /// Ends every branch where it is.
+    pub(super) fn cancel(&self) {
+        self.running.cancel();
+    }
+}

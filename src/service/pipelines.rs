@@ -1,0 +1,241 @@
+//! All namespaces of an instance, and what a reading of the files does to them.
+//!
+//! Each namespace is changed in a task of its own, so that one that fails or panics is its own trouble. Never decides
+//! what a file means: that was done when it was read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use parking_lot::RwLock;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::files::{Files, Found, Reading};
+use super::logs::Logs;
+use super::pipeline::{Config, Pipeline};
+use crate::clock::Clock;
+use crate::pipeline::plan::Plan;
+use crate::record::Namespace;
+use crate::source::{Epoch, LogError};
+use crate::spec::diagnostic::Diagnostic;
+
+/// How many namespaces are changed at once; together they share syncs of the log.
+const AT_ONCE: usize = 64;
+
+/// How often removed branches are looked at.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// Why a namespace has no pipeline although a file names it.
+#[derive(Clone, Debug)]
+pub(super) enum Absent {
+    /// Its file never was good.
+    Broken(Arc<Diagnostic>),
+    /// Its log could not be opened, or it fell over while starting.
+    Failed(Arc<str>),
+}
+
+/// All namespaces.
+pub(super) struct Pipelines {
+    pub(super) logs: Logs,
+    pub(super) clock: Clock,
+    files: Files,
+    running: CancellationToken,
+    set: RwLock<BTreeMap<Namespace, Arc<Pipeline>>>,
+    absent: RwLock<BTreeMap<Namespace, Absent>>,
+    ready: AtomicBool,
+    applying: tokio::sync::Mutex<()>,
+}
+
+/// Why a namespace was not deleted.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DeleteError {
+    #[error("there is no namespace `{0}`")]
+    Unknown(String),
+    #[error("the pipeline file of `{0}` is still there: delete it and reload first, so that no write can come between")]
+    InUse(Namespace),
+    #[error(transparent)]
+    Log(#[from] LogError),
+}
+
+impl Pipelines {
+    /// None yet.
+    pub(super) fn new(files: Files, logs: Logs, clock: Clock, running: CancellationToken) -> Self {
+        Self {
+            logs,
+            clock,
+            files,
+            running,
+            set: RwLock::default(),
+            absent: RwLock::default(),
+            ready: AtomicBool::new(false),
+            applying: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// Makes what was read so, namespace by namespace; each either as a whole or not at all.
+    pub(super) async fn apply(self: &Arc<Self>, reading: Reading) {
+        let _applying = self.applying.lock().await;
+        let mut names: BTreeSet<Namespace> = reading.found.iter().map(|found| found.namespace.clone()).collect();
+        let mut work: Vec<(Namespace, Option<Found>)> =
+            reading.found.into_iter().map(|found| (found.namespace.clone(), Some(found))).collect();
+        let known = self.set.read().keys().cloned().chain(self.logs.names()).collect::<BTreeSet<_>>();
+        work.extend(known.into_iter().filter(|name| names.insert(name.clone())).map(|name| (name, None)));
+        self.absent.write().retain(|name, _| names.contains(name));
+        futures::stream::iter(work)
+            .for_each_concurrent(AT_ONCE, |(name, found)| {
+                let this = Arc::clone(self);
+                async move {
+                    let namespace = name.clone();
+                    let task = tokio::spawn(async move { this.change(name, found).await });
+                    let failed = match task.await {
+                        Ok(Ok(())) => return,
+                        Ok(Err(error)) => error.to_string(),
+                        Err(panic) => format!("it fell over: {panic}"),
+                    };
+                    error!(ns = %namespace, error = failed, "the namespace could not be changed");
+                    if !self.set.read().contains_key(&namespace) {
+                        self.absent.write().insert(namespace, Absent::Failed(failed.into()));
+                    }
+                }
+            })
+            .await;
+    }
+
+    /// One namespace: `found` is what its file says now, `None` = the file is gone.
+    async fn change(&self, name: Namespace, found: Option<Found>) -> Result<(), LogError> {
+        let running = self.get(&name);
+        let (plan, config) = match (found.map(|found| found.plan), &running) {
+            (Some(Ok(plan)), _) => (Some(plan), Config::Current),
+            (Some(Err(problem)), _) => (None, Config::Stale(problem)),
+            (None, _) => (None, Config::Deleted),
+        };
+        match (running, plan) {
+            (Some(pipeline), Some(plan)) => pipeline.apply(plan, config).await,
+            (Some(pipeline), None) => {
+                pipeline.set_config(config);
+                Ok(())
+            }
+            (None, plan) => self.begin(name, plan, config).await,
+        }
+    }
+
+    /// A namespace that does not run yet: by its file, or by the last good one that the log keeps.
+    async fn begin(&self, name: Namespace, plan: Option<Arc<Plan>>, config: Config) -> Result<(), LogError> {
+        let never = |config: &Config| match config {
+            Config::Stale(problem) => Some(Absent::Broken(Arc::clone(problem))),
+            Config::Current | Config::Deleted => None,
+        };
+        if plan.is_none() && !self.logs.knows(&name) {
+            if let Some(absent) = never(&config) {
+                self.absent.write().insert(name, absent);
+            }
+            return Ok(());
+        }
+        let epochs = self.logs.epochs(&name).await?;
+        let mut earlier = self.earlier(&name, &epochs);
+        let plan = match plan.or_else(|| earlier.last().map(|(_, plan)| Arc::clone(plan))) {
+            Some(plan) => plan,
+            None => {
+                if let Some(absent) = never(&config) {
+                    self.absent.write().insert(name, absent);
+                }
+                return Ok(());
+            }
+        };
+        // Who met an epoch without a plan would wait for ever: what cannot be made any more goes by the newest.
+        for epoch in &epochs {
+            if !earlier.iter().any(|(number, _)| *number == epoch.number) {
+                earlier.push((epoch.number, Arc::clone(&plan)));
+            }
+        }
+        let opened = self.logs.open_namespace(&plan).await?;
+        let pipeline =
+            Pipeline::start(name.clone(), opened, earlier, plan, config, self.clock.clone(), &self.running).await?;
+        self.absent.write().remove(&name);
+        self.set.write().insert(name, Arc::new(pipeline));
+        Ok(())
+    }
+
+    /// The plans of the epochs that the log keeps, as far as they can still be made.
+    fn earlier(&self, name: &Namespace, epochs: &[Epoch]) -> Vec<(u32, Arc<Plan>)> {
+        let mut plans = Vec::with_capacity(epochs.len());
+        for epoch in epochs {
+            match self.files.restore(&epoch.files) {
+                Ok(plan) => plans.push((epoch.number, plan)),
+                Err(problem) => warn!(ns = %name, epoch = epoch.number, problem = problem.short(), "an earlier revision cannot be read any more; its records go by the newest"),
+            }
+        }
+        plans
+    }
+
+    /// A namespace that runs, or drains.
+    pub(super) fn get(&self, name: &Namespace) -> Option<Arc<Pipeline>> {
+        self.set.read().get(name).cloned()
+    }
+
+    /// Why a namespace that a file names does not run.
+    pub(super) fn absent(&self, name: &Namespace) -> Option<Absent> {
+        self.absent.read().get(name).cloned()
+    }
+
+    /// Every namespace that does not run although a file names it.
+    pub(super) fn all_absent(&self) -> Vec<(Namespace, Absent)> {
+        self.absent.read().iter().map(|(name, absent)| (name.clone(), absent.clone())).collect()
+    }
+
+    /// Every namespace that runs or drains.
+    pub(super) fn all(&self) -> Vec<Arc<Pipeline>> {
+        self.set.read().values().cloned().collect()
+    }
+
+    /// Deletes a namespace whose file is gone, with all that it holds.
+    pub(super) async fn delete(&self, name: &str) -> Result<(), DeleteError> {
+        let unknown = || DeleteError::Unknown(name.to_owned());
+        let name: Namespace = name.parse().map_err(|_| unknown())?;
+        let _applying = self.applying.lock().await;
+        let pipeline = self.get(&name).ok_or_else(unknown)?;
+        if !matches!(pipeline.config(), Config::Deleted) {
+            return Err(DeleteError::InUse(name));
+        }
+        pipeline.cancel();
+        pipeline.stop().await;
+        self.logs.delete(&name).await?;
+        self.set.write().remove(&name);
+        info!(ns = %name, "deleted a namespace");
+        Ok(())
+    }
+
+    /// Whether writes are taken.
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// Writes are taken from now on, or not any more.
+    pub(super) fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Release);
+    }
+
+    /// Forgets removed branches of which nothing is left, until the instance stops.
+    pub(super) async fn sweep(self: Arc<Self>) {
+        while self.running.run_until_cancelled(tokio::time::sleep(SWEEP)).await.is_some() {
+            for pipeline in self.all() {
+                if let Err(error) = pipeline.sweep().await {
+                    warn!(ns = %pipeline.namespace, %error, "could not look after removed branches");
+                }
+            }
+        }
+    }
+
+    /// Lets what is under way end, at most until `patience` has passed, then ends the rest where it is.
+    pub(super) async fn drain(&self, patience: Duration) {
+        let all = self.all();
+        let drained = futures::future::join_all(all.iter().map(|pipeline| pipeline.drain()));
+        if tokio::time::timeout(patience, drained).await.is_err() {
+            warn!("some branches did not end in time; the log keeps what they had not delivered");
+        }
+        self.running.cancel();
+    }
+}
