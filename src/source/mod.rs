@@ -596,6 +596,13 @@ pub trait Log: Send + Sync {
     /// When the log is closed.
     fn forget_branch(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>>;
 
+    /// Gives a branch another name; its cursor, rows and dead letters go on under it. Nothing happens when `from` is
+    /// unknown or `to` is known.
+    ///
+    /// # Errors
+    /// When the log is closed.
+    fn rename_branch(&self, from: &BranchName, to: &BranchName) -> BoxFuture<'static, Result<(), LogError>>;
+
     /// The branches that the log knows, whether or not the file still has them.
     fn branches(&self) -> Vec<BranchName>;
 
