@@ -1,10 +1,15 @@
 //! A namespace's compiled chain: the plan (pure, printable) and the tasks that run it.
 
 mod branches;
+mod dry_run;
 mod epoch;
 mod make;
 pub mod plan;
+mod print;
+mod report;
 pub mod revisions;
 
+pub use dry_run::{DryRun, dry_run};
 pub use epoch::{EpochError, from_epoch};
 pub use make::{Made, make};
+pub use report::{BranchReport, Fact, Report, report};

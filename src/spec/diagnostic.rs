@@ -187,7 +187,7 @@ static CREDENTIALS: LazyLock<Option<Regex>> = LazyLock::new(|| {
 });
 
 /// Masks credentials that stand literally, keeping every column where it is.
-fn mask(line: &str) -> String {
+pub fn mask(line: &str) -> String {
     let Some(credentials) = CREDENTIALS.as_ref() else { return String::new() };
     let mut out = line.to_owned();
     for found in credentials.captures_iter(line) {

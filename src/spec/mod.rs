@@ -10,12 +10,14 @@ pub mod environment;
 pub mod expand;
 pub mod grammar;
 mod load;
+mod publish;
 mod rules;
 pub mod sink;
 pub mod text;
 pub mod tree;
 
 pub use load::{LARGEST_FILE, Load, Loaded, Neighbours, load, load_text};
+pub use publish::{defaults_table, json_schema};
 
 use indexmap::IndexMap;
 use schemars::JsonSchema;

@@ -348,14 +348,6 @@ impl Rules<'_> {
                     "a route needs at least one arm",
                     "- { name: all, stdout: {} }",
                 );
-            } else if open && sink.otherwise.is_none() {
-                self.error(
-                    Code::RouteEnd,
-                    "/sink/route",
-                    true,
-                    "nothing says what becomes of a record that no arm takes",
-                    "add a last arm without `when`, or `otherwise: dead_letter` (or drop) beside `route:`",
-                );
             } else if !open && sink.otherwise.is_some() {
                 self.warning(
                     Code::NoEffect,
@@ -615,7 +607,8 @@ mod tests {
 
     #[test]
     fn a_route_says_what_becomes_of_everything() {
-        expect("sink: { route: [{ name: a, when: 'true', stdout: {} }] }", &["WF0404 /sink/route"]);
+        expect("sink: { route: [{ name: a, when: 'true', stdout: {} }] }", &[]);
+        expect("sink: { route: [] }", &["WF0401 /sink/route"]);
         expect("sink: { otherwise: drop, route: [{ name: a, when: 'true', stdout: {} }] }", &[]);
         expect("sink: { otherwise: drop, route: [{ name: a, stdout: {} }] }", &["WF0413 /sink/otherwise"]);
         expect("sink: { route: [{ name: a, stdout: {} }, { name: b, stdout: {} }] }", &["WF0404 /sink/route/0"]);

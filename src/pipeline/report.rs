@@ -1,0 +1,440 @@
+//! What a plan says, in words: the same facts for people and for machines.
+//!
+//! Takes a plan and the file that it was made of, gives a report that serialises as JSON and renders as text. Where a
+//! value came from the environment it shows the reference, never the value; credentials that stand literally are
+//! masked.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::plan::{BranchPlan, Plan, Routing, SourceKind};
+use crate::delay::DelayRule;
+use crate::record::TargetKind;
+use crate::retry::{Jitter, Retry};
+use crate::sink::Kind;
+use crate::sink::http::HttpSpec;
+use crate::sink::redis::{RedisCommand, RedisSpec};
+use crate::spec::diagnostic::mask;
+use crate::spec::expand::child;
+use crate::spec::sink::{OnDeadLetter, Ordering, Otherwise, StartSpec};
+use crate::spec::{Loaded, OnFull, StageSpec};
+use crate::units::{ByteSize, Span};
+
+/// A plan in words.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The namespace.
+    pub namespace: String,
+    /// The file.
+    pub file: String,
+    /// What it is for.
+    pub description: Option<String>,
+    /// Who to ask.
+    pub owner: Option<String>,
+    /// Which group of instances runs it.
+    pub shard: String,
+    /// The digest of files and environment.
+    pub revision: String,
+    /// Where writes become durable, and the bounds there.
+    pub source: Vec<Fact>,
+    /// When a record is due.
+    pub delay: Vec<Fact>,
+    /// What is done to each record.
+    pub transform: Vec<String>,
+    /// Which branch takes what.
+    pub routing: Vec<String>,
+    /// Every branch.
+    pub branches: Vec<BranchReport>,
+    /// Branches that are ended at once.
+    pub retired: Vec<String>,
+    /// How many cases `walflow test` has.
+    pub tests: usize,
+}
+
+/// One thing that a plan says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fact {
+    /// About what.
+    pub name: &'static str,
+    /// What.
+    pub says: String,
+}
+
+/// A branch in words.
+#[derive(Clone, Debug, Serialize)]
+pub struct BranchReport {
+    /// Its name.
+    pub name: String,
+    /// The sink's kind.
+    pub kind: &'static str,
+    /// The region, where the file replicates.
+    pub region: Option<String>,
+    /// Everything that its driver obeys.
+    pub facts: Vec<Fact>,
+}
+
+fn fact(name: &'static str, says: impl Into<String>) -> Fact {
+    Fact { name, says: says.into() }
+}
+
+fn span(duration: Duration) -> String {
+    // Past a minute nobody reads milliseconds.
+    let rounded = if duration.as_secs() >= 60 { Duration::from_secs(duration.as_secs()) } else { duration };
+    Span(rounded).to_string()
+}
+
+/// What a name of the grammar is called in the file.
+fn word<T: Serialize>(value: T) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(text)) => text,
+        Ok(other) => other.to_string(),
+        Err(_) => String::new(),
+    }
+}
+
+/// Text on one line, cut.
+fn brief(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if line.chars().count() > 100 { format!("{}…", line.chars().take(99).collect::<String>()) } else { line }
+}
+
+/// Says what a plan means.
+pub fn report(loaded: &Loaded, plan: &Plan) -> Report {
+    let spec = loaded.spec.as_ref();
+    let stages = spec.map(|spec| spec.transform.as_slice()).unwrap_or_default();
+    Report {
+        namespace: plan.namespace.to_string(),
+        file: loaded.text.name().to_string(),
+        description: plan.description.clone(),
+        owner: plan.owner.clone(),
+        shard: plan.shard.clone(),
+        revision: plan.revision.to_string(),
+        source: source(plan),
+        delay: delay(plan),
+        transform: stages.iter().map(stage).collect(),
+        routing: routing(plan),
+        branches: plan.branches.iter().map(|branch| Describe { loaded, plan, branch }.report()).collect(),
+        retired: plan.retired.iter().map(ToString::to_string).collect(),
+        tests: plan.tests.len(),
+    }
+}
+
+fn source(plan: &Plan) -> Vec<Fact> {
+    let source = &plan.source;
+    let (kind, durable) = match source.kind {
+        SourceKind::Embedded => {
+            ("embedded log", "written and synced to this instance's disk (one fdatasync for a group) before the answer")
+        }
+        SourceKind::Memory => ("log in memory", "nothing: what is written is lost at exit; for tests and benchmarks"),
+    };
+    let mut facts = vec![fact("kind", kind), fact("durable", durable)];
+    let key = source.key.as_ref().map_or_else(
+        || "the request's key; without one a record has no order".to_owned(),
+        |pointer| format!("the request's key, else {pointer} of the payload; a key's records keep their order"),
+    );
+    facts.push(fact("key", key));
+    let keys = &source.idempotency;
+    let from = keys.from.as_ref().map_or(String::new(), |pointer| format!(", else {pointer} of the payload"));
+    facts.push(fact(
+        "idempotency",
+        format!("keys of the last {}, {} at most; the request's{from}", keys.window, keys.max),
+    ));
+    let limits = &source.limits;
+    let rate = limits.rate.map_or(String::new(), |rate| format!(", {rate}"));
+    let in_flight = limits.in_flight;
+    facts.push(fact(
+        "accepts",
+        format!("payloads up to {}{rate}; {in_flight} not yet durable, then 429", limits.record),
+    ));
+    if let Some(schema) = &source.schema {
+        facts.push(fact("schema", format!("{}; a payload that does not match is a 422", schema.path())));
+    }
+    let full = match source.backlog.on_full {
+        OnFull::Refuse => "new writes hear 503",
+        OnFull::Drop => "the oldest are dropped, counted",
+    };
+    facts.push(fact(
+        "backlog",
+        format!("unfinished records up to {} and {}, then {full}", source.backlog.size, source.backlog.age),
+    ));
+    facts.push(fact(
+        "retention",
+        format!("finished records for {} and up to {}", source.retention.age, source.retention.size),
+    ));
+    facts
+}
+
+fn delay(plan: &Plan) -> Vec<Fact> {
+    let Some(delay) = &plan.delay else {
+        return vec![fact(
+            "due",
+            format!("at once, unless the request asks for a delay (up to {})", span(crate::delay::DEFAULT_MAX)),
+        )];
+    };
+    let rule = match &delay.rule {
+        None => "at once, unless the request asks for a delay".to_owned(),
+        Some(DelayRule::Fixed(wait)) => {
+            format!("{} after it was written, unless the request says otherwise", span(*wait))
+        }
+        Some(DelayRule::For(expression)) => format!("after so many seconds: {}", brief(expression.source())),
+        Some(DelayRule::Until(expression)) => format!("at the time: {}", brief(expression.source())),
+    };
+    let mut facts = vec![fact("due", rule)];
+    if !delay.jitter.is_zero() {
+        facts.push(fact("jitter", format!("up to {} more, the same for all records of a key", span(delay.jitter))));
+    }
+    facts.push(fact("longest", format!("{}; more is a 422", span(delay.max))));
+    facts
+}
+
+/// A stage on one line.
+fn stage(stage: &StageSpec) -> String {
+    let env = if stage.env.is_empty() { String::new() } else { format!("  (env: {})", stage.env.join(", ")) };
+    match (&stage.filter, &stage.inline, &stage.script) {
+        (Some(text), _, _) => format!("filter  {}", brief(text)),
+        (_, Some(text), _) => format!("inline  {}{env}", brief(text)),
+        (_, _, Some(path)) => format!("script  {path}{env}"),
+        _ => String::new(),
+    }
+}
+
+fn routing(plan: &Plan) -> Vec<String> {
+    let width = plan.branches.iter().map(|branch| branch.sink.chars().count()).max().unwrap_or(0);
+    let arm = |(name, when): &(std::sync::Arc<str>, Option<crate::transform::Predicate>)| match when {
+        Some(when) => format!("{name:<width$}  when {}", brief(when.source())),
+        None => format!("{name:<width$}  always"),
+    };
+    match &plan.routing {
+        Routing::Single => Vec::new(),
+        Routing::FanOut { arms } => std::iter::once("each of these takes what its condition lets through".to_owned())
+            .chain(arms.iter().map(arm))
+            .collect(),
+        Routing::Route { arms, otherwise } => {
+            let open = arms.last().is_some_and(|(_, when)| when.is_some());
+            let rest = open.then(|| match otherwise {
+                Otherwise::DeadLetter => "otherwise  dead letters".to_owned(),
+                Otherwise::Drop => "otherwise  dropped, counted".to_owned(),
+            });
+            let head = "the first of these that matches takes the record".to_owned();
+            std::iter::once(head).chain(arms.iter().map(arm)).chain(rest).collect()
+        }
+    }
+}
+
+struct Describe<'a> {
+    loaded: &'a Loaded,
+    plan: &'a Plan,
+    branch: &'a BranchPlan,
+}
+
+impl Describe<'_> {
+    fn report(&self) -> BranchReport {
+        let branch = self.branch;
+        let (kind, mut facts) = match &branch.kind {
+            Kind::Stdout(_) => ("stdout", vec![fact("to", "a line of JSON on standard output for each record")]),
+            Kind::File(file) => (
+                "file",
+                vec![fact("to", format!("a line in {}, synced before it counts", self.shown("path", &file.path)))],
+            ),
+            Kind::Http { spec, batched } => ("http", self.http(spec, *batched)),
+            Kind::Redis(redis) => ("redis", self.redis(redis)),
+        };
+        if let Some(was) = &branch.was {
+            facts.push(fact("was", format!("{was}: its progress goes on here")));
+        }
+        if branch.start == Some(StartSpec::Earliest) {
+            facts.push(fact("begins", "a new branch begins at the oldest record that is kept"));
+        }
+        facts.extend(self.stages().map(|says| fact("transform", says)));
+        facts.push(fact("target", target(branch.target)));
+        let rate = match branch.rate {
+            Some((rate, burst)) => format!("{} a second, {burst} at once after a quiet time; ", trim(rate)),
+            None => "no rate limit; ".to_owned(),
+        };
+        facts.push(fact("limits", format!("{rate}{} batches under way", branch.concurrency)));
+        let batch = &branch.batch;
+        let bytes = ByteSize(batch.bytes as u64);
+        facts.push(fact(
+            "batch",
+            match batch.records {
+                1 => "one record each".to_owned(),
+                records => {
+                    format!("up to {records} records or {bytes}, an incomplete one waits {}", span(batch.linger))
+                }
+            },
+        ));
+        facts.push(fact("retry", retry(&branch.retry)));
+        facts.push(fact(
+            "order",
+            match branch.ordering {
+                Ordering::Key => "a key's records one after the other; one key that fails holds up itself only",
+                Ordering::None => "none",
+            },
+        ));
+        let letters = &branch.dead_letters;
+        let then = match letters.on_dead_letter {
+            OnDeadLetter::Pass => "later records of the key go on",
+            OnDeadLetter::Block => "later records of the key wait until it is replayed or purged",
+        };
+        let also = letters.also.as_ref().map_or(String::new(), |also| format!("; a copy to {}", also.file.path));
+        facts.push(fact("dead letters", format!("{then}; at {} the branch pauses{also}", letters.size)));
+        BranchReport {
+            name: branch.name.to_string(),
+            kind,
+            region: branch.region.as_deref().map(ToOwned::to_owned),
+            facts,
+        }
+    }
+
+    /// The region's stages and the arm's.
+    fn stages(&self) -> impl Iterator<Item = String> {
+        let spec = self.loaded.spec.as_ref();
+        let region = self.branch.region.as_deref().and_then(|name| spec?.replicate.as_ref()?.regions.get(name));
+        let region = region.map(|region| region.transform.as_slice()).unwrap_or_default();
+        let sink = spec.map(|spec| &spec.sink);
+        let arm = match &self.plan.routing {
+            Routing::Single => None,
+            Routing::Route { .. } => sink.and_then(|sink| sink.route.as_ref()?.get(self.branch.arm)),
+            Routing::FanOut { .. } => sink.and_then(|sink| sink.fan_out.as_ref()?.get(&*self.branch.sink)),
+        };
+        let arm = arm.map(|arm| arm.transform.as_slice()).unwrap_or_default();
+        region.iter().chain(arm).map(stage)
+    }
+
+    /// The pointers where a field of the kind may stand, the one that counts first.
+    fn pointers(&self, field: &str) -> [String; 2] {
+        let branch = self.branch;
+        let kind = match &branch.kind {
+            Kind::Stdout(_) => "stdout",
+            Kind::File(_) => "file",
+            Kind::Http { .. } => "http",
+            Kind::Redis(_) => "redis",
+        };
+        let region = branch.region.as_deref().map(|region| child("/replicate/regions", region)).unwrap_or_default();
+        let (own, over) = match &self.plan.routing {
+            Routing::Single => ("/sink".to_owned(), region),
+            Routing::Route { .. } => (format!("/sink/route/{}", branch.arm), child(&region, &branch.sink)),
+            Routing::FanOut { .. } => (child("/sink/fan_out", &branch.sink), child(&region, &branch.sink)),
+        };
+        [format!("{over}/{field}"), format!("{own}/{kind}/{field}")]
+    }
+
+    /// A field's value: as it was written when it came from outside, credentials masked.
+    fn shown(&self, field: &str, value: &str) -> String {
+        for pointer in self.pointers(field) {
+            if let Some(written) = self.loaded.expansion.written.get(&pointer) {
+                let default = written.used.iter().all(|used| used.value.is_none());
+                let note = if default { "not set: the default" } else { "set" };
+                return format!("{} ({note})", mask(&written.text));
+            }
+            if self.loaded.value.pointer(&pointer).is_some_and(|found| !found.is_null()) {
+                break;
+            }
+        }
+        let masked = mask(value);
+        // What follows '?' in an address often is a credential.
+        masked.split_once('?').map_or(masked.clone(), |(address, _)| format!("{address}?…"))
+    }
+
+    fn http(&self, spec: &HttpSpec, batched: bool) -> Vec<Fact> {
+        let method = spec.method.as_deref().unwrap_or("POST");
+        let mut facts = vec![fact("to", format!("{method} {}", self.shown("url", &spec.url)))];
+        let body = match (&spec.body, batched) {
+            (Some(_), _) => "made from the template".to_owned(),
+            (None, false) => "the payload's bytes, one record a request".to_owned(),
+            (None, true) => format!("the batch as {}", spec.format.map_or_else(|| "json_array".to_owned(), word)),
+        };
+        facts.push(fact("body", body));
+        if !spec.headers.is_empty() {
+            facts.push(fact("headers", spec.headers.keys().map(String::as_str).collect::<Vec<_>>().join(", ")));
+        }
+        if spec.sign.is_some() {
+            facts.push(fact("signed", "after Standard Webhooks"));
+        }
+        let timeout = spec.timeout.map_or_else(|| "30s".to_owned(), |span| span.to_string());
+        let connect = spec.connect_timeout.map_or_else(|| "5s".to_owned(), |span| span.to_string());
+        facts.push(fact("time-outs", format!("{timeout} for an answer, {connect} to connect")));
+        for row in verdicts(spec) {
+            facts.push(fact("verdicts", row));
+        }
+        facts
+    }
+
+    fn redis(&self, spec: &RedisSpec) -> Vec<Fact> {
+        let url = spec.url.as_deref().unwrap_or_default();
+        let mut facts = vec![fact("to", self.shown("url", url))];
+        for (index, case) in spec.cases.iter().enumerate() {
+            let command = case.command.unwrap_or_default();
+            let key = self.shown(&format!("cases/{index}/key"), &case.key);
+            let mut says = format!("{} {key}", word(command));
+            if let (RedisCommand::Set, Some(ttl)) = (command, case.ttl) {
+                says.push_str(&format!(" for {ttl}"));
+            }
+            if !case.fields.is_empty() {
+                says.push_str(&format!(" ({})", case.fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ")));
+            }
+            if let Some(when) = &case.when {
+                says.push_str(&format!("  when {}", brief(when)));
+            }
+            facts.push(fact("case", says));
+        }
+        facts
+    }
+}
+
+fn target(target: TargetKind) -> String {
+    format!("{}: a write's target of this type may choose it", word(target))
+}
+
+fn trim(rate: f64) -> String {
+    let text = format!("{rate:.3}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+/// What each status means, the file's own words included.
+fn verdicts(spec: &HttpSpec) -> Vec<String> {
+    let mut rows: Vec<String> = [
+        ("2xx", "delivered"),
+        ("400 409 413 422, other 4xx", "refused: dead letter, no retry"),
+        ("429, 503 with Retry-After", "tried again after that time"),
+        ("408, 500, other 5xx, a time-out", "tried again"),
+        ("401 403 404 405 502 503 504, no connection", "the target is down: the branch waits, no attempt is lost"),
+    ]
+    .iter()
+    .map(|(status, means)| format!("{status}: {means}"))
+    .collect();
+    if !spec.verdicts.is_empty() {
+        let own =
+            spec.verdicts.iter().map(|(status, verdict)| format!("{status} {}", word(verdict))).collect::<Vec<_>>();
+        rows.push(format!("the file says otherwise: {}", own.join(", ")));
+    }
+    rows
+}
+
+/// The schedule, wait by wait.
+fn retry(retry: &Retry) -> String {
+    if retry.attempts <= 1 {
+        return format!(
+            "none; a record that fails while the target takes others is dead, at the latest after {}",
+            span(retry.give_up)
+        );
+    }
+    let mut waits: Vec<String> =
+        (1..retry.attempts.min(7)).map(|failures| span(retry.longest_wait(failures))).collect();
+    if retry.attempts > 7 {
+        waits.push("…".to_owned());
+    }
+    let how = match retry.jitter {
+        Jitter::Full => "up to ",
+        Jitter::None => "",
+    };
+    format!(
+        "{} attempts; waits {how}{}: {how}{} in all; given up after {} in which the branch was open",
+        retry.attempts,
+        waits.join(", "),
+        span(retry.longest_total()),
+        span(retry.give_up)
+    )
+}

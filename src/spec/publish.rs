@@ -1,0 +1,234 @@
+//! The grammar as others read it: the JSON Schema for editors, and the table of all defaults.
+//!
+//! Takes the generated schema, gives text. Never knows a key by name other than where exactly one of several is wanted.
+
+use std::fmt::Write as _;
+
+use serde_json::{Map, Value, json};
+
+use super::grammar::{self, SINK_KINDS, STAGE_KINDS};
+
+/// A reference to the environment, which may stand wherever a value does.
+const REFERENCE: &str = "\\$\\{.+\\}";
+
+/// The JSON Schema of a pipeline file, draft 2020-12, as text.
+pub fn json_schema() -> String {
+    let mut schema = grammar::schema().clone();
+    soften(&mut schema);
+    one_of(&mut schema, "SinkSpec", &[SINK_KINDS, &["route", "fan_out"]].concat());
+    one_of(&mut schema, "ArmSpec", SINK_KINDS);
+    one_of(&mut schema, "StageSpec", STAGE_KINDS);
+    if let Some(map) = schema.as_object_mut() {
+        map.insert("title".to_owned(), json!("A walflow pipeline file"));
+        // What a kind needs may come from a region: only the plan knows. The nested uses keep their own.
+        for kind in ["HttpSpec", "FileSpec"] {
+            if let Some(Value::Object(definition)) = map.get_mut("$defs").and_then(|all| all.get_mut(kind)) {
+                definition.shift_remove("required");
+            }
+        }
+    }
+    let mut text = serde_json::to_string_pretty(&schema).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+/// Says that exactly one of the keys stands in the map.
+fn one_of(schema: &mut Value, name: &str, keys: &[&str]) {
+    if let Some(Value::Object(definition)) = schema.get_mut("$defs").and_then(|all| all.get_mut(name)) {
+        let choices: Vec<Value> = keys.iter().map(|key| json!({ "required": [key] })).collect();
+        definition.insert("oneOf".to_owned(), Value::Array(choices));
+    }
+}
+
+/// Lets references stand for numbers, bools and words, and takes out what an editor would only stumble over.
+fn soften(schema: &mut Value) {
+    match schema {
+        Value::Array(items) => items.iter_mut().for_each(soften),
+        Value::Object(map) => {
+            if map.get("default").is_some_and(|default| default.is_null() || default.is_object() || default.is_array())
+            {
+                map.shift_remove("default");
+            }
+            if let Some(Value::String(text)) = map.get_mut("description") {
+                *text = text.replace('\n', " ");
+            }
+            let words = map
+                .get("oneOf")
+                .and_then(Value::as_array)
+                .is_some_and(|all| all.iter().all(|one| one.get("const").is_some()));
+            if words && let Some(Value::Array(mut choices)) = map.shift_remove("oneOf") {
+                choices.push(json!({ "type": "string", "pattern": REFERENCE }));
+                map.insert("anyOf".to_owned(), Value::Array(choices));
+                return;
+            }
+            if is_scalar(map) {
+                let mut exact = Map::new();
+                for key in ["type", "format", "minimum", "maximum"] {
+                    if let Some(value) = map.shift_remove(key) {
+                        exact.insert(key.to_owned(), value);
+                    }
+                }
+                let choices = json!([exact, { "type": "string", "pattern": REFERENCE }]);
+                map.insert("anyOf".to_owned(), choices);
+                return;
+            }
+            // A quantity names its own forms.
+            if map
+                .get("anyOf")
+                .and_then(Value::as_array)
+                .is_some_and(|all| all.iter().any(|one| one.get("pattern").is_some()))
+            {
+                return;
+            }
+            // Kept apart from keywords: a property may be called `default` or `type`.
+            map.iter_mut().for_each(|(_, value)| soften(value));
+        }
+        _ => {}
+    }
+}
+
+fn is_scalar(map: &Map<String, Value>) -> bool {
+    let is = |kind: &Value| matches!(kind.as_str(), Some("integer" | "number" | "boolean"));
+    match map.get("type") {
+        Some(Value::Array(kinds)) => kinds.iter().any(is),
+        Some(kind) => is(kind),
+        None => false,
+    }
+}
+
+/// Every key with its default and bounds, as a Markdown table. Arms take the keys of `sink`, and are not repeated.
+pub fn defaults_table() -> String {
+    let mut out = String::from("| key | default | bounds | what it is |\n|---|---|---|---|\n");
+    rows("", grammar::schema(), &mut out);
+    out
+}
+
+fn rows(path: &str, schema: &'static Value, out: &mut String) {
+    for (name, property) in grammar::properties(schema) {
+        let here = if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+        let doc = Doc::read(property);
+        let required =
+            schema.get("required").and_then(Value::as_array).is_some_and(|keys| keys.iter().any(|key| key == name));
+        let default = doc.default.unwrap_or_else(|| if required { "must be there".to_owned() } else { "–".to_owned() });
+        let _ = writeln!(out, "| `{here}` | {} | {} | {} |", cell(&default), cell(&doc.bounds), cell(&doc.says));
+        let inner = grammar::resolve(property);
+        let (next, below) = match (inner.get("items"), inner.get("additionalProperties").filter(|v| v.is_object())) {
+            (Some(items), _) => (format!("{here}[]"), grammar::resolve(items)),
+            (_, Some(values)) => (format!("{here}.NAME"), grammar::resolve(values)),
+            _ => (here, inner),
+        };
+        if !matches!(grammar::type_name(property), Some("ArmSpec"))
+            && !next.starts_with("sink.route")
+            && !next.starts_with("sink.fan_out")
+        {
+            rows(&next, below, out);
+        }
+    }
+}
+
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace('\n', " ")
+}
+
+/// A key's description, taken apart.
+struct Doc {
+    says: String,
+    default: Option<String>,
+    bounds: String,
+}
+
+impl Doc {
+    fn read(property: &Value) -> Self {
+        let text = property.get("description").and_then(Value::as_str).unwrap_or_default().replace('\n', " ");
+        let mut says = text.as_str();
+        let mut default = None;
+        let mut bounds = String::new();
+        if let Some((before, after)) = text.split_once("Default: ") {
+            says = before;
+            let (value, rest) = after.split_once(". ").unwrap_or((after, ""));
+            default = Some(value.trim_end_matches('.').to_owned());
+            bounds = rest.trim().trim_end_matches('.').to_owned();
+        }
+        Self { says: says.trim().to_owned(), default, bounds }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Compares a generated text with the file that is checked in.
+    fn compare(path: &str, generated: &str) {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+        if std::env::var_os("WALFLOW_REGENERATE").is_some() {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, generated).unwrap();
+        }
+        let found = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            found == generated,
+            "{} differs from the types; run `WALFLOW_REGENERATE=1 cargo test --lib spec::publish` and look at the difference",
+            path.display()
+        );
+    }
+
+    #[test]
+    fn the_schema_that_is_checked_in_is_that_of_the_types() {
+        compare("schemas/pipeline.schema.json", &json_schema());
+    }
+
+    #[test]
+    fn the_defaults_that_are_checked_in_are_those_of_the_types() {
+        let head = "# Every key of a pipeline file, with its default\n\nGenerated from the types. Each arm of `sink.route` and `sink.fan_out` takes the keys of `sink`, and those of the\n`sink` around it where it has none of its own.\n\n";
+        compare("src/spec/DEFAULTS.md", &format!("{head}{}", defaults_table()));
+    }
+
+    /// The docs' `Default:` against the default that serde takes.
+    #[test]
+    fn every_documented_default_is_the_real_one() {
+        fn same(documented: &str, real: &Value) -> bool {
+            let real = match real {
+                Value::String(text) => text.clone(),
+                other => other.to_string(),
+            };
+            let span = |text: &str| text.parse::<crate::units::Span>().ok();
+            let first = documented.split([';', ',']).next().unwrap_or_default().trim();
+            first == real || (span(first).is_some() && span(first) == span(&real))
+        }
+        let mut checked = 0;
+        for (name, definition) in grammar::schema()["$defs"].as_object().unwrap() {
+            for (key, property) in definition.get("properties").and_then(Value::as_object).into_iter().flatten() {
+                let Some(real) =
+                    property.get("default").filter(|real| !real.is_null() && !real.is_object() && !real.is_array())
+                else {
+                    continue;
+                };
+                if real.as_str() == Some("") {
+                    continue;
+                }
+                let documented = Doc::read(property).default.unwrap_or_default();
+                assert!(same(&documented, real), "{name}.{key}: documented {documented:?}, real {real}");
+                checked += 1;
+            }
+        }
+        assert!(checked > 10, "{checked}");
+    }
+
+    #[test]
+    fn editors_accept_references_and_exactly_one_kind() {
+        let schema: Value = serde_json::from_str(&json_schema()).unwrap();
+        let validator = jsonschema::draft202012::new(&schema).unwrap();
+        let fits = |sink: Value| validator.is_valid(&json!({ "namespace": "a", "sink": sink }));
+        assert!(fits(
+            json!({ "stdout": {}, "limits": { "concurrency": "${N}", "rate": "${R:-5/s}" }, "ordering": "${O}" })
+        ));
+        assert!(fits(json!({ "stdout": null })));
+        assert!(fits(json!({ "http": {} })), "a region may give the url");
+        assert!(!fits(json!({ "stdout": {}, "file": { "path": "x" } })));
+        assert!(!fits(json!({})));
+        assert!(!fits(json!({ "stdout": {}, "limits": { "concurrency": "many" } })));
+        assert!(!fits(json!({ "stdout": {}, "limits": { "concurrency": 0 } })));
+        assert!(!fits(json!({ "stdout": {}, "ordering": "sorted" })));
+        assert!(!fits(json!({ "stdout": {}, "retires": {} })));
+    }
+}
