@@ -3,15 +3,13 @@
 //! Takes the file's spec and value, gives a plan for each branch. Reports an override that does not fit at the
 //! override's own place. Opens nothing.
 
-use std::sync::Arc;
-
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::make::Maker;
 use super::plan::{BatchPlan, BranchPlan};
 use crate::record::TargetKind;
-use crate::retry::{Retry, RetrySpec};
+use crate::retry::Retry;
 use crate::sink::Kind;
 use crate::source::BranchName;
 use crate::spec::check::{Checked, check};
@@ -268,7 +266,7 @@ impl Branches<'_, '_> {
                 bytes: usize::try_from(batch.bytes.0).unwrap_or(usize::MAX),
                 linger: batch.linger.0,
             },
-            retry: Retry::plan(&arm.retry.clone().unwrap_or_else(RetrySpec::default), &schedule),
+            retry: Retry::plan(&arm.retry.clone().unwrap_or_default(), &schedule),
             ordering: arm.ordering.unwrap_or_default(),
             dead_letters: arm.dead_letters.clone().unwrap_or_default(),
             start: arm.start,

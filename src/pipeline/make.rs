@@ -249,7 +249,9 @@ impl Maker<'_> {
         match self.compiler.stages(std::slice::from_ref(&source)) {
             Ok(_) => Some(source),
             Err(errors) => {
-                errors.iter().for_each(|error| report(self, error));
+                for error in &errors {
+                    report(self, error);
+                }
                 None
             }
         }

@@ -12,7 +12,7 @@ const NAMES: usize = 14;
 const WIDTH: usize = 104;
 
 /// Prints one plan.
-pub fn plan(report: &Report) -> String {
+pub(super) fn plan(report: &Report) -> String {
     let mut out = String::new();
     let _ = writeln!(out, "{}  ({}, revision {})", report.namespace, report.file, report.revision);
     if let Some(description) = &report.description {

@@ -4,6 +4,7 @@
 //! value came from the environment it shows the reference, never the value; credentials that stand literally are
 //! masked.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -370,13 +371,14 @@ impl Describe<'_> {
             let key = self.shown(&format!("cases/{index}/key"), &case.key);
             let mut says = format!("{} {key}", word(command));
             if let (RedisCommand::Set, Some(ttl)) = (command, case.ttl) {
-                says.push_str(&format!(" for {ttl}"));
+                let _ = write!(says, " for {ttl}");
             }
             if !case.fields.is_empty() {
-                says.push_str(&format!(" ({})", case.fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ")));
+                let fields = case.fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+                let _ = write!(says, " ({fields})");
             }
             if let Some(when) = &case.when {
-                says.push_str(&format!("  when {}", brief(when)));
+                let _ = write!(says, "  when {}", brief(when));
             }
             facts.push(fact("case", says));
         }

@@ -3,6 +3,8 @@
 //! Takes the value, gives findings by JSON pointer and leaves in the value only what fits, so that the later checks
 //! see all the rest. Never looks at meaning: rules across keys are in `rules`.
 
+use std::fmt::Write as _;
+
 use serde_json::{Map, Value};
 
 use super::code::Code;
@@ -415,7 +417,7 @@ pub fn dotted(pointer: &str) -> String {
     let mut out = String::new();
     for step in pointer.split('/').skip(1) {
         if !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit()) {
-            out.push_str(&format!("[{step}]"));
+            let _ = write!(out, "[{step}]");
         } else {
             if !out.is_empty() {
                 out.push('.');

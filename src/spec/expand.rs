@@ -178,8 +178,7 @@ fn role(root: &Node, path: &[String]) -> Role {
                 Role::Script
             }
         }
-        [.., "transform", _, "filter" | "inline"] => Role::Script,
-        ["sink", "route" | "fan_out", _, "when"] => Role::Script,
+        [.., "transform", _, "filter" | "inline"] | ["sink", "route" | "fan_out", _, "when"] => Role::Script,
         ["sink", "route" | "fan_out", _, rest @ ..] | ["sink", rest @ ..] => match rest {
             ["dead_letters", "also", "file", "path"] => Role::Template,
             [kind, rest @ ..] => of_kind(kind, rest),

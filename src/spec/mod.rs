@@ -122,7 +122,7 @@ pub struct RetentionSpec {
 
 impl Default for RetentionSpec {
     fn default() -> Self {
-        Self { age: Span(std::time::Duration::from_secs(86_400)), size: ByteSize(1 << 30) }
+        Self { age: Span(std::time::Duration::from_hours(24)), size: ByteSize(1 << 30) }
     }
 }
 
@@ -140,11 +140,7 @@ pub struct BacklogSpec {
 
 impl Default for BacklogSpec {
     fn default() -> Self {
-        Self {
-            size: ByteSize(20 << 30),
-            age: Span(std::time::Duration::from_secs(7 * 86_400)),
-            on_full: OnFull::Refuse,
-        }
+        Self { size: ByteSize(20 << 30), age: Span(std::time::Duration::from_hours(7 * 24)), on_full: OnFull::Refuse }
     }
 }
 
@@ -172,7 +168,7 @@ pub struct IdempotencySpec {
 
 impl Default for IdempotencySpec {
     fn default() -> Self {
-        Self { window: Span(std::time::Duration::from_secs(86_400)), max: Count(10_000_000), from: None }
+        Self { window: Span(std::time::Duration::from_hours(24)), max: Count(10_000_000), from: None }
     }
 }
 

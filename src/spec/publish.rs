@@ -147,7 +147,7 @@ impl Doc {
             says = before;
             let (value, rest) = after.split_once(". ").unwrap_or((after, ""));
             default = Some(value.trim_end_matches('.').to_owned());
-            bounds = rest.trim().trim_end_matches('.').to_owned();
+            rest.trim().trim_end_matches('.').clone_into(&mut bounds);
         }
         Self { says: says.trim().to_owned(), default, bounds }
     }

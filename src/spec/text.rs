@@ -9,7 +9,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct Text {
     name: Arc<str>,
-    text: Arc<str>,
+    content: Arc<str>,
     starts: Arc<[usize]>,
     /// The byte of each character; empty when all are one byte.
     characters: Arc<[u32]>,
@@ -30,7 +30,7 @@ impl Text {
         } else {
             text.char_indices().map(|(at, _)| u32::try_from(at).unwrap_or(u32::MAX)).collect()
         };
-        Self { name: name.into(), text: text.into(), starts: starts.collect(), characters }
+        Self { name: name.into(), content: text.into(), starts: starts.collect(), characters }
     }
 
     /// The name that a user knows it by.
@@ -40,35 +40,35 @@ impl Text {
 
     /// All of it.
     pub fn as_str(&self) -> &str {
-        &self.text
+        &self.content
     }
 
     /// The bytes of a range; empty when it is none.
     pub fn slice(&self, range: Range<usize>) -> &str {
-        self.text.get(range).unwrap_or_default()
+        self.content.get(range).unwrap_or_default()
     }
 
     /// The byte at a place.
     pub fn byte(&self, at: usize) -> Option<u8> {
-        self.text.as_bytes().get(at).copied()
+        self.content.as_bytes().get(at).copied()
     }
 
     /// The end of what is no white space within a range.
     pub fn trim_end(&self, start: usize, end: usize) -> usize {
-        start + self.text.get(start..end).unwrap_or_default().trim_end().len()
+        start + self.content.get(start..end).unwrap_or_default().trim_end().len()
     }
 
     /// The byte of a character, by its number; the end when there are not so many.
     pub fn offset(&self, character: usize) -> usize {
         if self.characters.is_empty() {
-            return character.min(self.text.len());
+            return character.min(self.content.len());
         }
-        self.characters.get(character).map_or(self.text.len(), |at| *at as usize)
+        self.characters.get(character).map_or(self.content.len(), |at| *at as usize)
     }
 
     /// The byte at a line and a column in characters, both from 1; at most the line's end.
     pub fn offset_at(&self, line: usize, column: usize) -> usize {
-        let start = line.checked_sub(1).and_then(|index| self.starts.get(index)).copied().unwrap_or(self.text.len());
+        let start = line.checked_sub(1).and_then(|index| self.starts.get(index)).copied().unwrap_or(self.content.len());
         let text = self.line(line);
         start + text.char_indices().nth(column.saturating_sub(1)).map_or(text.len(), |(at, _)| at)
     }
@@ -81,14 +81,14 @@ impl Text {
     /// The column (from 1, in characters) of a byte.
     pub fn column_of(&self, at: usize) -> usize {
         let start = self.starts.get(self.line_of(at).saturating_sub(1)).copied().unwrap_or(0);
-        self.text.get(start..at).map_or(1, |before| before.chars().count() + 1)
+        self.content.get(start..at).map_or(1, |before| before.chars().count() + 1)
     }
 
     /// A line (from 1) without its end.
     pub fn line(&self, line: usize) -> &str {
         let Some(start) = line.checked_sub(1).and_then(|index| self.starts.get(index)) else { return "" };
-        let end = self.starts.get(line).copied().unwrap_or(self.text.len());
-        self.text.get(*start..end).unwrap_or_default().trim_end_matches(['\n', '\r'])
+        let end = self.starts.get(line).copied().unwrap_or(self.content.len());
+        self.content.get(*start..end).unwrap_or_default().trim_end_matches(['\n', '\r'])
     }
 }
 

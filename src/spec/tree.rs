@@ -404,7 +404,7 @@ mod tests {
         let mut text = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n".to_owned();
         for level in 1..9 {
             let names = vec![format!("*a{}", level - 1); 9].join(",");
-            text.push_str(&format!("a{level}: &a{level} [{names}]\n"));
+            text = format!("{text}a{level}: &a{level} [{names}]\n");
         }
         text
     }
@@ -431,9 +431,8 @@ mod tests {
         let deep_flow = "[".repeat(100_000);
         let deep_block = "- ".repeat(100_000);
         let wide = format!("a: [{}]", "x,".repeat(400_000));
-        let nested_anchors = (0..31).map(|n| format!("{}a: &n{n}\n", " ".repeat(n))).collect::<String>();
+        let nested_anchors = (0..31).fold(String::new(), |text, n| format!("{text}{}a: &n{n}\n", " ".repeat(n)));
         for bomb in [&laughs(), "a: &a [*a]", &deep_flow, &deep_block, &wide] {
-            eprintln!("{:?}", started.elapsed());
             assert_eq!(tree(bomb).unwrap_err().code, Code::TooComplex, "{}", bomb.get(..40).unwrap_or(bomb));
         }
         assert!(tree(&nested_anchors).is_ok());
