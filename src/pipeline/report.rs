@@ -279,7 +279,11 @@ impl Describe<'_> {
             OnDeadLetter::Pass => "later records of the key go on",
             OnDeadLetter::Block => "later records of the key wait until it is replayed or purged",
         };
-        let also = letters.also.as_ref().map_or(String::new(), |also| format!("; a copy to {}", also.file.path));
+        let also = letters.also.as_ref().map_or(String::new(), |also| {
+            let [own, all] =
+                [self.own_pointer(), "/sink".to_owned()].map(|sink| format!("{sink}/dead_letters/also/file/path"));
+            format!("; a copy to {}", self.written(&[own, all], &also.file.path))
+        });
         facts.push(fact("dead letters", format!("{then}; at {} the branch pauses{also}", letters.size)));
         BranchReport {
             name: branch.name.to_string(),
@@ -304,6 +308,15 @@ impl Describe<'_> {
         region.iter().chain(arm).map(stage)
     }
 
+    /// Where the branch's sink stands in the file.
+    fn own_pointer(&self) -> String {
+        match &self.plan.routing {
+            Routing::Single => "/sink".to_owned(),
+            Routing::Route { .. } => format!("/sink/route/{}", self.branch.arm),
+            Routing::FanOut { .. } => child("/sink/fan_out", &self.branch.sink),
+        }
+    }
+
     /// The pointers where a field of the kind may stand, the one that counts first.
     fn pointers(&self, field: &str) -> [String; 2] {
         let branch = self.branch;
@@ -314,29 +327,31 @@ impl Describe<'_> {
             Kind::Redis(_) => "redis",
         };
         let region = branch.region.as_deref().map(|region| child("/replicate/regions", region)).unwrap_or_default();
-        let (own, over) = match &self.plan.routing {
-            Routing::Single => ("/sink".to_owned(), region),
-            Routing::Route { .. } => (format!("/sink/route/{}", branch.arm), child(&region, &branch.sink)),
-            Routing::FanOut { .. } => (child("/sink/fan_out", &branch.sink), child(&region, &branch.sink)),
+        let over = match &self.plan.routing {
+            Routing::Single => region,
+            Routing::Route { .. } | Routing::FanOut { .. } => child(&region, &branch.sink),
         };
-        [format!("{over}/{field}"), format!("{own}/{kind}/{field}")]
+        [format!("{over}/{field}"), format!("{}/{kind}/{field}", self.own_pointer())]
     }
 
-    /// A field's value: as it was written when it came from outside, credentials masked.
+    /// A field of the kind as [`Self::written`] shows it.
     fn shown(&self, field: &str, value: &str) -> String {
-        for pointer in self.pointers(field) {
-            if let Some(written) = self.loaded.expansion.written.get(&pointer) {
+        self.written(&self.pointers(field), value)
+    }
+
+    /// A value as it was written when it came from outside, credentials masked.
+    fn written(&self, pointers: &[String], value: &str) -> String {
+        for pointer in pointers {
+            if let Some(written) = self.loaded.expansion.written.get(pointer) {
                 let default = written.used.iter().all(|used| used.value.is_none());
                 let note = if default { "not set: the default" } else { "set" };
-                return format!("{} ({note})", mask(&written.text));
+                return format!("{} ({note})", without_query(&mask(&written.text)));
             }
-            if self.loaded.value.pointer(&pointer).is_some_and(|found| !found.is_null()) {
+            if self.loaded.value.pointer(pointer).is_some_and(|found| !found.is_null()) {
                 break;
             }
         }
-        let masked = mask(value);
-        // What follows '?' in an address often is a credential.
-        masked.split_once('?').map_or(masked.clone(), |(address, _)| format!("{address}?…"))
+        without_query(&mask(value))
     }
 
     fn http(&self, spec: &HttpSpec, batched: bool) -> Vec<Fact> {
@@ -384,6 +399,14 @@ impl Describe<'_> {
         }
         facts
     }
+}
+
+/// An address up to its '?': what follows often is a credential.
+fn without_query(address: &str) -> String {
+    // The '?' of a reference, ${VAR:?message}, is none of an address.
+    let query =
+        address.match_indices('?').map(|(at, _)| at).find(|at| !address.get(..*at).unwrap_or_default().ends_with(':'));
+    query.map_or_else(|| address.to_owned(), |at| format!("{}?…", address.get(..at).unwrap_or_default()))
 }
 
 fn target(target: TargetKind) -> String {

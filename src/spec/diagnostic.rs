@@ -156,7 +156,7 @@ impl Diagnostic {
             let number = paint("1;34", &self.line.to_string());
             let caret = paint(tone, &"^".repeat(excerpt.length));
             let _ = writeln!(out, "{gutter} {bar}");
-            let _ = writeln!(out, "{number} {bar} {}", excerpt.text);
+            let _ = writeln!(out, "{}", format!("{number} {bar} {}", excerpt.text).trim_end());
             let _ = writeln!(out, "{gutter} {bar} {}{caret}", " ".repeat(excerpt.before));
         }
         if let Some(help) = &self.help {

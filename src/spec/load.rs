@@ -227,7 +227,7 @@ impl Loaded {
         let collection = !matches!(node.content, Content::Scalar { .. });
         match holder {
             Some(entry) if at_key || collection || !found || node.range.is_empty() => entry.key_range.clone(),
-            None if collection && !found && pointer.matches('/').count() <= 1 => 0..0,
+            None if collection && (pointer.is_empty() || (!found && pointer.matches('/').count() == 1)) => 0..0,
             _ => node.range.clone(),
         }
     }

@@ -179,7 +179,8 @@ impl Reader<'_> {
     }
 
     fn syntax(&self, marker: Marker, info: &str) -> Fault {
-        let at = self.at(marker);
+        // An end that comes too early is shown where the last line ends.
+        let at = self.at(marker).min(self.text.trim_end(0, self.text.as_str().len()));
         if info.contains("recursion") {
             return Self::too_complex(at..at, format!("the file is nested deeper than {DEEPEST} levels"));
         }
@@ -187,8 +188,8 @@ impl Reader<'_> {
         let reference = lines.into_iter().any(|line| unquoted_reference(self.text.line(line)));
         let help = if reference {
             "put quotes around a text that holds a reference: \"{payload.x}\"".to_owned()
-        } else if self.text.line(self.text.line_of(at)).contains('\t') {
-            "YAML is indented with spaces; this line holds a tab".to_owned()
+        } else if [0, 1].iter().any(|next| self.text.line(self.text.line_of(at) + next).contains('\t')) {
+            "YAML is indented with spaces; here stands a tab".to_owned()
         } else {
             "check indentation, quotes and brackets on this line and the one before".to_owned()
         };

@@ -8,4 +8,5 @@ mod quickstart;
 mod real_data;
 mod reload;
 mod shutdown;
+mod spec_errors;
 mod tree;

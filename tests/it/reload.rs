@@ -176,7 +176,7 @@ async fn a_renamed_arm_goes_on_where_it_was_and_a_retired_one_ends() {
     let (kept, gone) = (Receiver::judging(|_| 503).await, Receiver::judging(|_| 503).await);
     let arm = |name: &str, url: &str, was: &str| format!("    {name}: {{ {was}http: {{ url: '{url}' }} }}\n");
     let yaml = |arms: &str, rest: &str| format!("namespace: renamed\nsink:\n  fan_out:\n{arms}{rest}");
-    let before = arm("old", &kept.url, "") + &arm("retiring", &gone.url, "");
+    let before = [arm("old", &kept.url, ""), arm("retiring", &gone.url, "")].concat();
     let place = Place::new().pipeline("p.yaml", &yaml(&before, ""));
     let mut running = place.start().await;
     for n in 0..5 {
