@@ -14,6 +14,8 @@ pub mod sink;
 
 pub mod delay;
 
+pub mod replicate;
+
 pub mod spec;
 
 pub mod pipeline;

@@ -1,5 +1,6 @@
 //! A namespace's compiled chain: the plan (pure, printable) and the tasks that run it.
 
+pub mod branch;
 mod branches;
 mod dry_run;
 mod epoch;
@@ -12,4 +13,3 @@ pub mod revisions;
 pub use dry_run::{DryRun, dry_run};
 pub use epoch::{EpochError, from_epoch};
 pub use make::{Made, make};
-pub use report::{BranchReport, Fact, Report, report};

@@ -248,6 +248,12 @@ pub struct RowKey {
     pub child: Child,
 }
 
+/// The lane of a delivery: its key, or for a keyless one a name that nothing else has.
+pub fn lane_of(key: Option<&str>, row: RowKey) -> Box<str> {
+    // A key may be any text, so a keyless lane's name begins with what no key's does.
+    key.map_or_else(|| format!("#{}/{}", row.position, row.child), |key| format!("={key}")).into()
+}
+
 /// What a branch finds when it starts: everything that outlived the last run.
 pub struct BranchStart {
     /// Everything at or below is ended, except the rows in `lanes`.

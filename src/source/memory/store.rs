@@ -9,7 +9,7 @@ use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
 use crate::source::{
     Admitted, AsideLane, AsideRow, BranchName, DeadLetter, DeadQuery, Entry, Epoch, Fate, Found, IdempotencyKey, Lag,
-    Page, ParkedQuery, ParkedRow, Replayed, RowKey, Scheduled, Settlement, Start, StoredPause, Write,
+    Page, ParkedQuery, ParkedRow, Replayed, RowKey, Scheduled, Settlement, Start, StoredPause, Write, lane_of,
 };
 
 /// One branch's progress and rows.
@@ -381,7 +381,7 @@ impl Store {
             }
             let branch = self.branch(&name);
             let Some(letter) = branch.dead.remove(&number) else { continue };
-            let lane = lane_of(&letter.record, letter.row);
+            let lane = lane_of(letter.record.key.as_deref(), letter.row);
             branch.replayed.insert(lane.clone());
             branch.ended_at(letter.row);
             let row = AsideRow {
@@ -418,11 +418,6 @@ impl Store {
         }
         found.len() as u64
     }
-}
-
-/// The lane of a record: its key, or for a keyless one a name that no key can have.
-fn lane_of(record: &Record, row: RowKey) -> Box<str> {
-    record.key.as_deref().map_or_else(|| format!("\0{}/{}", row.position, row.child).into(), Into::into)
 }
 
 fn fate(branch: &Branch, position: Position) -> Fate {

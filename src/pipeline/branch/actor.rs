@@ -1,0 +1,523 @@
+//! The branch's loop: read, prepare, send, settle, one event at a time, all state in one task.
+
+use std::collections::{HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt as _, StreamExt as _};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::aside::Asides;
+use super::breaker::{Breaker, Circuit};
+use super::lanes::{Delivery, Lanes};
+use super::pace::Pace;
+use super::prepare::{Prepared, Stillborn, is_cheap, prepare};
+use super::stats::{Board, BranchCounters, Pause};
+use super::{BranchDeps, Command, Skip};
+use crate::clock::Timestamp;
+use crate::pipeline::plan::BranchPlan;
+use crate::record::{Position, RecordId};
+use crate::sink::{BatchStyle, Operation, Sink, Written};
+use crate::source::frontier::Frontier;
+use crate::source::{AsideLane, AsideRow, Entry, LogError, RowKey, Settlement, StoredPause, Subscription, lane_of};
+use crate::spec::sink::Ordering;
+
+/// Records read and not yet behind the stored cursor: what may be sent twice after a crash.
+const WINDOW: u64 = 8_192;
+/// Payload bytes held in memory.
+const WINDOW_BYTES: usize = 16 << 20;
+/// Records taken from the log at once.
+const READ: usize = 512;
+/// How often what nobody announces is looked at: room for dead letters, blocked keys, a cursor that lags.
+const TICK: Duration = Duration::from_millis(250);
+
+pub(super) enum Ended {
+    Drained,
+    /// The sink must be made anew.
+    Replanned(Arc<BranchPlan>),
+}
+
+type Reading = BoxFuture<'static, (Box<dyn Subscription>, Result<Vec<Prepared>, LogError>)>;
+
+pub(super) struct BatchDone {
+    pub(super) taken: Vec<Delivery>,
+    pub(super) written: Option<Written>,
+    pub(super) took: Duration,
+}
+
+/// What to do once a settlement is durable.
+#[derive(Default)]
+pub(super) struct Settled {
+    pub(super) ends: Vec<Position>,
+    /// Rows of these lanes left the shelf.
+    pub(super) left: Vec<Box<str>>,
+}
+
+pub(super) struct Actor {
+    pub(super) deps: BranchDeps,
+    pub(super) plan: Arc<BranchPlan>,
+    pub(super) board: Arc<Board>,
+    pub(super) lanes: Lanes,
+    pub(super) breaker: Breaker,
+    pub(super) asides: Asides,
+    pub(super) frontier: Frontier,
+    pub(super) pause: Option<Pause>,
+    /// When the target last took something.
+    pub(super) accepted_at: Timestamp,
+    /// Since when nothing may be sent, if so: that time counts against no record.
+    pub(super) closed_since: Option<Timestamp>,
+    pub(super) bytes: usize,
+    pub(super) dead_bytes: u64,
+    /// Dead letters by lane, to mark them when a newer record of the key is delivered. Bounded.
+    pub(super) dead_lanes: HashMap<Box<str>, Vec<RowKey>>,
+    sink: Arc<dyn Sink>,
+    style: BatchStyle,
+    pace: Pace,
+    ended: HashSet<RowKey>,
+    first_rows: HashMap<Box<str>, RowKey>,
+    batches: FuturesUnordered<BoxFuture<'static, BatchDone>>,
+    settles: FuturesUnordered<BoxFuture<'static, (Result<(), LogError>, Settled)>>,
+    pub(super) loads: FuturesUnordered<BoxFuture<'static, (Box<str>, Result<Vec<AsideRow>, LogError>)>>,
+    pub(super) also: Option<Arc<dyn Sink>>,
+    incomplete_since: Option<Instant>,
+    read_to: Position,
+    stored: Position,
+    /// Up to here records go one by one, each with a durable mark first.
+    careful_until: Position,
+    marks: HashMap<Position, u32>,
+    draining: bool,
+}
+
+/// Runs the branch from its stored cursor until it is drained.
+pub(super) async fn run(
+    deps: BranchDeps,
+    plan: Arc<BranchPlan>,
+    board: Arc<Board>,
+    commands: Arc<tokio::sync::Mutex<mpsc::Receiver<Command>>>,
+) -> Result<Ended, LogError> {
+    let mut commands = commands.lock().await;
+    let start = deps.log.open_branch(&plan.name, deps.start).await?;
+    let open = |kind| {
+        (deps.open_sink)(kind)
+            .map(Arc::from)
+            .map_err(|cause| LogError::Storage { act: "make the sink".into(), cause: cause.into() })
+    };
+    let sink: Arc<dyn Sink> = open(&plan.kind)?;
+    let also = match &plan.dead_letters.also {
+        Some(also) => Some(open(&crate::sink::Kind::File(also.file.clone()))?),
+        None => None,
+    };
+    let now = deps.clock.now();
+    let careful = start.unclean_stops >= 2 || !start.marks.is_empty();
+    let mut actor = Actor {
+        lanes: Lanes::default(),
+        breaker: Breaker::default(),
+        asides: Asides::new(now, &start.lanes),
+        frontier: Frontier::new(start.cursor),
+        pause: start.pause.as_ref().map(restore_pause),
+        accepted_at: Timestamp::MIN,
+        closed_since: None,
+        bytes: 0,
+        dead_bytes: 0,
+        dead_lanes: HashMap::new(),
+        style: sink.batch_style(),
+        pace: Pace::new(plan.rate, Instant::now()),
+        sink,
+        ended: start.ended,
+        first_rows: start.lanes.into_iter().map(|lane| (lane.lane, lane.first)).collect(),
+        batches: FuturesUnordered::new(),
+        settles: FuturesUnordered::new(),
+        loads: FuturesUnordered::new(),
+        also,
+        incomplete_since: None,
+        read_to: start.cursor,
+        stored: start.cursor,
+        careful_until: if careful { Position(start.cursor.0 + WINDOW) } else { Position(0) },
+        marks: start.marks.into_iter().collect(),
+        draining: false,
+        deps,
+        plan,
+        board,
+    };
+    actor.board.update(|status| status.pause.clone_from(&actor.pause));
+    actor.learn_dead_letters().await?;
+    actor.run(start.subscription, &mut commands).await
+}
+
+fn restore_pause(stored: &StoredPause) -> Pause {
+    let cause = if &*stored.cause == "refused" { "refused" } else { "operator" };
+    Pause { cause, note: stored.note.to_string(), since: stored.since }
+}
+
+impl Actor {
+    async fn run(
+        &mut self,
+        subscription: Box<dyn Subscription>,
+        commands: &mut mpsc::Receiver<Command>,
+    ) -> Result<Ended, LogError> {
+        let mut idle = Some(subscription);
+        let mut reading: Option<Reading> = None;
+        let shelf = Arc::clone(&self.deps.shelf);
+        let mut replayed = shelf.replayed_lanes(&self.plan.name);
+        loop {
+            self.dispatch();
+            self.store_frontier();
+            if self.draining
+                && self.batches.is_empty()
+                && self.settles.is_empty()
+                && self.stored == self.frontier.position()
+            {
+                return Ok(Ended::Drained);
+            }
+            if reading.is_none()
+                && self.may_read()
+                && let Some(subscription) = idle.take()
+            {
+                reading = Some(self.read(subscription));
+            }
+            let wake = self.next_wake();
+            let shelf_wake = self.asides.next_try();
+            let clock = self.deps.clock.clone();
+            tokio::select! {
+                Some(command) = commands.recv(), if !self.draining => {
+                    if let Some(newer) = self.obey(command).await {
+                        return Ok(Ended::Replanned(newer));
+                    }
+                }
+                Some(done) = self.batches.next(), if !self.batches.is_empty() => self.finished(done),
+                Some((result, settled)) = self.settles.next(), if !self.settles.is_empty() => {
+                    result?;
+                    self.settled(settled);
+                }
+                (subscription, prepared) = async { match &mut reading { Some(read) => read.await, None => std::future::pending().await } } => {
+                    reading = None;
+                    idle = Some(subscription);
+                    self.enqueue(prepared?);
+                }
+                Some((lane, rows)) = self.loads.next(), if !self.loads.is_empty() => self.loaded(&lane, rows?).await,
+                lanes = &mut replayed, if !self.draining => {
+                    replayed = shelf.replayed_lanes(&self.plan.name);
+                    self.replayed(lanes);
+                }
+                () = async { match wake { Some(at) => tokio::time::sleep_until(at).await, None => std::future::pending().await } } => {
+                    self.tick().await?;
+                }
+                () = async { match shelf_wake { Some(at) => clock.sleep_until(at).await, None => std::future::pending().await } }, if !self.draining => {
+                    self.load_due();
+                }
+            }
+        }
+    }
+
+    fn may_read(&self) -> bool {
+        !self.draining
+            && self.lanes.len() < READ * 4
+            && self.bytes < WINDOW_BYTES
+            && self.read_to.0.saturating_sub(self.deps.log.lag(&self.plan.name).cursor.0) < WINDOW
+    }
+
+    /// Reads and prepares the next records; scripts run off the async threads.
+    fn read(&self, mut subscription: Box<dyn Subscription>) -> Reading {
+        let (branch, revisions) = (Arc::clone(&self.plan), Arc::clone(&self.deps.revisions));
+        async move {
+            let entries = match subscription.next(READ, WINDOW_BYTES / 4).await {
+                Ok(entries) => entries,
+                Err(error) => return (subscription, Err(error)),
+            };
+            let in_force = revisions.in_force().await;
+            let Some(now) = in_force.revisions().last().map(|newest| Arc::clone(&newest.plan)) else {
+                return (subscription, Ok(Vec::new()));
+            };
+            let cheap = is_cheap(&branch, &now) && in_force.revisions().iter().all(|old| is_cheap(&branch, &old.plan));
+            let work = move || {
+                let one = |entry: Entry| {
+                    let then = in_force.at(entry.position).unwrap_or(&now);
+                    prepare(entry.position, entry.record, &branch, &now, then)
+                };
+                entries.into_iter().map(one).collect::<Vec<_>>()
+            };
+            if cheap {
+                return (subscription, Ok(work()));
+            }
+            let prepared = tokio::task::spawn_blocking(work).await;
+            let failed =
+                |_| LogError::Storage { act: "prepare records".into(), cause: "a script's thread panicked".into() };
+            (subscription, prepared.map_err(failed))
+        }
+        .boxed()
+    }
+
+    /// Puts prepared records into their lanes, or onto the shelf behind others of their key, or to their end.
+    fn enqueue(&mut self, prepared: Vec<Prepared>) {
+        let (mut settlement, mut settled) = (Settlement::default(), Settled::default());
+        for Prepared { position, record, parts, dropped } in prepared {
+            self.read_to = position;
+            self.frontier.begin(position);
+            self.frontier.split(position, u32::try_from(parts.len()).unwrap_or(u32::MAX).max(1));
+            if parts.is_empty() {
+                if let Some(reason) = dropped {
+                    BranchCounters::add(&self.board.counters.dropped, 1);
+                    settlement.dropped.push((position, reason));
+                }
+                self.frontier.end(position);
+            }
+            for part in parts {
+                let row = RowKey { position, child: part.child };
+                if self.ended.remove(&row) {
+                    self.frontier.end(position);
+                    continue;
+                }
+                match part.result {
+                    Err(Stillborn { reason, stage, error }) => {
+                        settlement.dead.push(self.letter(row, Arc::clone(&record), reason, 0, error, &stage, None));
+                        settled.ends.push(position);
+                    }
+                    Ok((event, case)) => {
+                        let lane = lane_of(event.key.as_deref(), row);
+                        if self.first_rows.get(&lane).is_some_and(|first| row < *first) {
+                            self.frontier.end(position);
+                        } else if self.asides.holds(&lane) {
+                            let delivery = Delivery::new(row, event, case);
+                            let next_try = self.asides.joined(&lane);
+                            settlement.aside.push(aside_row(&delivery, lane, next_try, self.deps.clock.now()));
+                            settled.ends.push(position);
+                        } else {
+                            let delivery = Delivery::new(row, event, case);
+                            self.bytes += delivery.weight();
+                            self.lanes.push(delivery, self.plan.ordering == Ordering::Key);
+                        }
+                    }
+                }
+            }
+        }
+        if !settlement.is_frontier_only() {
+            self.settle(settlement, settled);
+        }
+    }
+
+    pub(super) fn stops_at_first_failure(&self) -> bool {
+        self.style == BatchStyle::StopsAtFirstFailure
+    }
+
+    fn is_careful(&self) -> bool {
+        self.frontier.position() < self.careful_until && self.careful_until.0 > 0
+    }
+
+    /// Sends what may go now.
+    fn dispatch(&mut self) {
+        let now = Instant::now();
+        self.lanes.wake(now);
+        if self.draining || self.pause.as_ref().is_some_and(|pause| pause.cause != "breaker") {
+            return;
+        }
+        let careful = self.is_careful();
+        let concurrency = if careful { 1 } else { self.plan.concurrency };
+        while self.batches.len() < concurrency && self.lanes.has_ready() {
+            let probing = match self.breaker.circuit() {
+                Circuit::Closed => false,
+                Circuit::Probing => return,
+                Circuit::Open { .. } if self.breaker.try_probe(now) => true,
+                Circuit::Open { .. } => return,
+            };
+            let wanted = if probing || careful { 1 } else { self.plan.batch.records };
+            // A lone record goes at once; while others are under way it waits a little for company.
+            if wanted > 1 && self.lanes.ready_len() < wanted && !self.batches.is_empty() {
+                let since = *self.incomplete_since.get_or_insert(now);
+                if now < since + self.plan.batch.linger {
+                    return;
+                }
+            }
+            self.incomplete_since = None;
+            let allowed = self.pace.take(wanted, now);
+            let several = self.style != BatchStyle::Independent;
+            let taken =
+                if allowed == 0 { Vec::new() } else { self.lanes.take(allowed, self.plan.batch.bytes, several) };
+            self.pace.give_back(allowed - taken.len());
+            if taken.is_empty() {
+                if probing {
+                    self.breaker.probe_unused(now);
+                }
+                return;
+            }
+            self.send(taken, careful);
+        }
+    }
+
+    fn send(&mut self, mut taken: Vec<Delivery>, careful: bool) {
+        let position = taken.first().map(|delivery| delivery.row.position);
+        let mark = position.filter(|position| careful && *position <= self.careful_until);
+        if let Some(position) = mark {
+            let marks = self.marks.entry(position).or_default();
+            *marks += 1;
+            if *marks >= 3
+                && let Some(delivery) = taken.pop()
+            {
+                let error = "it was under way at three stops in a row that were not orderly";
+                return self.end_badly(delivery, crate::source::DeadReason::Crash, error.into(), "sink", None);
+            }
+        }
+        let region = &self.plan.region;
+        let operation = |delivery: &Delivery| Operation {
+            event: delivery.event.clone(),
+            case: delivery.case,
+            region: region.clone(),
+        };
+        let batch: Vec<Operation> = taken.iter().map(operation).collect();
+        let (sink, shelf, name) = (Arc::clone(&self.sink), Arc::clone(&self.deps.shelf), self.plan.name.clone());
+        let attempt = async move {
+            if let Some(position) = mark {
+                let settlement = Settlement { mark: Some(position), ..Settlement::default() };
+                if shelf.settle(&name, settlement).await.is_err() {
+                    return BatchDone { taken, written: None, took: Duration::ZERO };
+                }
+            }
+            let started = Instant::now();
+            let written = AssertUnwindSafe(sink.write(&batch)).catch_unwind().await.ok();
+            BatchDone { taken, written, took: started.elapsed() }
+        };
+        self.batches.push(attempt.boxed());
+    }
+
+    /// Hands ends to the shelf; `settled` happens when they are durable.
+    pub(super) fn settle(&mut self, mut settlement: Settlement, settled: Settled) {
+        // Only what has its end: the positions of this settlement follow when it is durable.
+        settlement.frontier = Some(self.frontier.position());
+        let settling = self.deps.shelf.settle(&self.plan.name, settlement);
+        self.settles.push(async move { (settling.await, settled) }.boxed());
+    }
+
+    fn settled(&mut self, settled: Settled) {
+        for position in settled.ends {
+            self.frontier.end(position);
+        }
+        for lane in settled.left {
+            self.asides.left(&lane);
+        }
+        self.load_due();
+    }
+
+    fn store_frontier(&mut self) {
+        let frontier = self.frontier.position();
+        if frontier > self.stored {
+            self.stored = frontier;
+            self.marks.retain(|position, _| *position > frontier);
+            self.settle(Settlement::default(), Settled::default());
+        }
+        self.board.update(|status| {
+            status.in_flight = self.frontier.in_flight() as u64;
+            status.lanes_aside = self.asides.len() as u64;
+        });
+    }
+
+    fn next_wake(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let blocked = self.pause.as_ref().is_some_and(|pause| pause.cause != "breaker") || self.draining;
+        let ready = self.lanes.has_ready() && !blocked;
+        let open = match self.breaker.circuit() {
+            Circuit::Open { probe_at } if ready => Some(probe_at),
+            _ => None,
+        };
+        let closed = ready && self.breaker.circuit() == Circuit::Closed && self.batches.len() < self.plan.concurrency;
+        let linger = self.incomplete_since.filter(|_| closed).map(|since| since + self.plan.batch.linger);
+        let pace = self.pace.wait().filter(|_| closed && linger.is_none()).map(|wait| now + wait);
+        let watched = self.pause.as_ref().is_some_and(|pause| pause.cause == "dead_letters_full")
+            || self.asides.any_blocked()
+            || (self.lanes.len() == 0 && !self.draining && !self.may_read());
+        let tick = watched.then(|| now + TICK);
+        [self.lanes.next_wait().filter(|_| !blocked), open, linger, pace, tick].into_iter().flatten().min()
+    }
+
+    async fn tick(&mut self) -> Result<(), LogError> {
+        if self.pause.as_ref().is_some_and(|pause| pause.cause == "dead_letters_full") {
+            self.count_dead_bytes();
+            if self.dead_bytes < self.plan.dead_letters.size.0 {
+                self.end_pause(false);
+            }
+        }
+        self.look_at_blocked().await
+    }
+
+    async fn obey(&mut self, command: Command) -> Option<Arc<BranchPlan>> {
+        match command {
+            Command::Update(plan) => {
+                if self.pause.as_ref().is_some_and(|pause| pause.cause == "refused") {
+                    self.end_pause(true);
+                }
+                // Everything that is not under way starts again under the new plan, from the frontier.
+                while let Some(done) = self.batches.next().await {
+                    self.finished(done);
+                }
+                while let Some((result, settled)) = self.settles.next().await {
+                    if result.is_err() {
+                        break;
+                    }
+                    self.settled(settled);
+                }
+                self.store_frontier();
+                while self.settles.next().await.is_some() {}
+                return Some(plan);
+            }
+            Command::Pause(note) => self.begin_pause("operator", note),
+            Command::Resume => {
+                self.breaker.forgive();
+                self.end_pause(true);
+            }
+            Command::Skip(which, answer) => {
+                let skipped = self.skip(which).await;
+                let _ = answer.send(skipped);
+            }
+            Command::Drain => self.draining = true,
+        }
+        None
+    }
+
+    async fn skip(&mut self, which: Skip) -> Option<RecordId> {
+        let row = match which {
+            Skip::Head => None,
+            Skip::Record(id) => {
+                let mut row = None;
+                self.lanes.each(|delivery| {
+                    if delivery.event.record.id == id {
+                        row = Some(delivery.row);
+                    }
+                });
+                if row.is_none() {
+                    return self.skip_shelved(id).await;
+                }
+                row
+            }
+        };
+        let delivery = self.lanes.pull(row)?;
+        let id = delivery.event.record.id;
+        self.end_badly(delivery, crate::source::DeadReason::Skipped, "skipped by an operator".into(), "sink", None);
+        Some(id)
+    }
+
+    pub(super) fn replayed(&mut self, lanes: Vec<AsideLane>) {
+        for lane in lanes {
+            self.asides.replayed(&lane);
+        }
+        self.load_due();
+    }
+}
+
+/// The row that a delivery is on the shelf.
+pub(super) fn aside_row(delivery: &Delivery, lane: Box<str>, next_try: Timestamp, now: Timestamp) -> AsideRow {
+    // A child keeps what it was rendered to: an edited script could make another thing of it.
+    let rendered = (delivery.row.child > 0).then(|| delivery.event.payload().clone());
+    AsideRow {
+        row: delivery.row,
+        lane,
+        record: Arc::clone(&delivery.event.record),
+        rendered,
+        attempts: delivery.attempts,
+        first_failed: delivery.first_failed.unwrap_or(now),
+        next_try,
+        last_error: delivery.last_error.clone(),
+        replayed: false,
+    }
+}

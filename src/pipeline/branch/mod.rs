@@ -1,0 +1,189 @@
+//! One branch of a namespace: its own reader, its own lanes, its own breaker, its own task.
+//!
+//! A branch takes records from the log in order, prepares and sends them, and ends each delivery exactly once: the target
+//! took it, it was set aside, or it lies in the dead letters. It never answers for another branch and never waits
+//! without a bound. When its task fails it is started again from the stored frontier, and that is counted.
+
+mod actor;
+mod aside;
+mod breaker;
+mod lanes;
+mod outcome;
+mod pace;
+mod prepare;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+pub use stats::{ATTEMPT_BUCKETS, Board, BranchCounters, BranchStatus, Pause};
+
+use super::plan::BranchPlan;
+use super::revisions::Revisions;
+use crate::clock::Clock;
+use crate::record::{Namespace, RecordId};
+use crate::sink::{Kind, Sink};
+use crate::source::{BranchName, Log, LogError, Shelf, Start};
+
+/// Makes the sink of a branch, again whenever its settings change. Opens no connection.
+pub type OpenSink = Arc<dyn Fn(&Kind) -> Result<Box<dyn Sink>, Box<str>> + Send + Sync>;
+
+/// What a branch needs.
+#[derive(Clone)]
+pub struct BranchDeps {
+    /// Its namespace, for logs and dead letters.
+    pub namespace: Namespace,
+    /// Where it reads.
+    pub log: Arc<dyn Log>,
+    /// Where it settles.
+    pub shelf: Arc<dyn Shelf>,
+    /// Which plan decides who takes a record.
+    pub revisions: Arc<Revisions>,
+    /// How a sink is made.
+    pub open_sink: OpenSink,
+    /// Wall-clock time.
+    pub clock: Clock,
+    /// Where it begins if the log has never seen it.
+    pub start: Start,
+}
+
+/// Which delivery to skip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skip {
+    /// The one with the lowest position that waits.
+    Head,
+    /// This record's.
+    Record(RecordId),
+}
+
+pub(super) enum Command {
+    Update(Arc<BranchPlan>),
+    Pause(String),
+    Resume,
+    Skip(Skip, oneshot::Sender<Option<RecordId>>),
+    Drain,
+}
+
+/// The hold on a running branch. Dropping it stops the branch at once; what was under way is sent again at the next start.
+pub struct BranchHandle {
+    plan: ArcSwap<BranchPlan>,
+    board: Arc<Board>,
+    commands: mpsc::Sender<Command>,
+    task: JoinHandle<()>,
+}
+
+impl BranchHandle {
+    /// Starts a branch. Must be called inside a runtime.
+    pub fn start(deps: BranchDeps, plan: Arc<BranchPlan>) -> Self {
+        let board = Arc::new(Board::default());
+        let (commands, receiver) = mpsc::channel(16);
+        let task = tokio::spawn(keep_running(deps, Arc::clone(&plan), Arc::clone(&board), receiver));
+        Self { plan: ArcSwap::new(plan), board, commands, task }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> BranchName {
+        self.plan.load().name.clone()
+    }
+
+    /// What it runs by now.
+    pub fn plan(&self) -> Arc<BranchPlan> {
+        self.plan.load_full()
+    }
+
+    /// Counters and state.
+    pub const fn board(&self) -> &Arc<Board> {
+        &self.board
+    }
+
+    /// Address, retry, limits, batches and scripts change at once, for the backlog too. Ends a `refused` pause.
+    pub async fn update(&self, plan: Arc<BranchPlan>) {
+        self.plan.store(Arc::clone(&plan));
+        let _ = self.commands.send(Command::Update(plan)).await;
+    }
+
+    /// Stops sending until [`BranchHandle::resume`], over restarts too.
+    pub async fn pause(&self, note: String) {
+        let _ = self.commands.send(Command::Pause(note)).await;
+    }
+
+    /// Ends any pause; an open breaker probes at once.
+    pub async fn resume(&self) {
+        let _ = self.commands.send(Command::Resume).await;
+    }
+
+    /// Sends a waiting delivery to the dead letters. Gives its record, or `None` when there is no such delivery or it is
+    /// under way.
+    pub async fn skip(&self, which: Skip) -> Option<RecordId> {
+        let (answer, wait) = oneshot::channel();
+        self.commands.send(Command::Skip(which, answer)).await.ok()?;
+        wait.await.ok().flatten()
+    }
+
+    /// Stops reading, waits for what is under way, settles, and ends; gives up waiting at the deadline.
+    pub async fn drain(mut self, deadline: Duration) {
+        let asked = tokio::time::timeout(deadline, self.commands.send(Command::Drain)).await;
+        if asked.is_ok() {
+            let _ = tokio::time::timeout(deadline, &mut self.task).await;
+        }
+    }
+}
+
+impl Drop for BranchHandle {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Runs the branch until it is drained or the log is closed; starts it again when it fails.
+async fn keep_running(
+    deps: BranchDeps,
+    mut plan: Arc<BranchPlan>,
+    board: Arc<Board>,
+    commands: mpsc::Receiver<Command>,
+) {
+    let mut wait = Duration::from_millis(100);
+    let commands = Arc::new(tokio::sync::Mutex::new(commands));
+    loop {
+        let name = plan.name.clone();
+        // A task of its own, so that a panic ends the attempt and not the branch.
+        let run = actor::run(deps.clone(), Arc::clone(&plan), Arc::clone(&board), Arc::clone(&commands));
+        let mut attempt = AbortOnDrop(tokio::spawn(run));
+        match (&mut attempt.0).await {
+            Ok(Ok(actor::Ended::Drained)) => return,
+            Ok(Ok(actor::Ended::Replanned(newer))) => {
+                plan = newer;
+                continue;
+            }
+            Ok(Err(LogError::Closed(reason))) => {
+                tracing::debug!(namespace = %deps.namespace, branch = %name, %reason, "the log is closed");
+                return;
+            }
+            Ok(Err(error)) => {
+                tracing::error!(namespace = %deps.namespace, branch = %name, %error, "branch failed, starting it again");
+                board.update(|status| status.last_error = Some(error.to_string()));
+            }
+            Err(error) if error.is_panic() => {
+                tracing::error!(namespace = %deps.namespace, branch = %name, "branch panicked, starting it again");
+            }
+            Err(_) => return,
+        }
+        BranchCounters::add(&board.counters.restarts, 1);
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(Duration::from_secs(30));
+    }
+}
+
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

@@ -1,0 +1,373 @@
+//! What an attempt's outcome means: the end of a delivery, another try, a key set aside, or a closed branch.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::actor::{Actor, BatchDone, Settled, aside_row};
+use super::lanes::Delivery;
+use super::stats::{BranchCounters, Pause};
+use crate::clock::Timestamp;
+use crate::record::Record;
+use crate::sink::{Failure, Operation, Verdict};
+use crate::source::{DeadLetter, DeadReason, RowKey, Settlement, StoredPause};
+use crate::transform::Event;
+
+/// A key that failed so often, or has to wait longer than this, goes to the shelf so that the frontier can pass it.
+const ASIDE_AFTER: (u32, Duration) = (3, Duration::from_secs(2));
+/// No answer makes a branch wait longer than this.
+const LONGEST_AFTER: Duration = Duration::from_secs(3_600);
+
+enum Next {
+    /// It has its end.
+    Over,
+    /// Back to the head of its lane, and wait so long.
+    Again(Delivery, Option<Duration>),
+    /// To the shelf, with all of its lane; tried again after so long.
+    Aside(Delivery, Duration),
+}
+
+impl Actor {
+    /// Goes through a batch's outcomes in order and gives each delivery its end or its next try.
+    pub(super) fn finished(&mut self, done: BatchDone) {
+        self.board.counters.attempt(done.took);
+        let panicked = done.written.is_none();
+        let mut failed = done.written.unwrap_or_default().failed.into_iter().peekable();
+        let first_failed = failed.peek().map(|(index, _)| *index);
+        let stops = self.stops_at_first_failure();
+        let mut settlement = Settlement::default();
+        let mut settled = Settled::default();
+        let mut landed: Vec<(Box<str>, usize)> = Vec::new();
+        let mut back: Vec<(Box<str>, Vec<Delivery>, Option<Duration>)> = Vec::new();
+        let mut aside: Vec<(Box<str>, Delivery, Duration)> = Vec::new();
+        for (index, delivery) in done.taken.into_iter().enumerate() {
+            let lane = delivery.lane();
+            match landed.iter_mut().rev().take(8).find(|(name, _)| *name == lane) {
+                Some((_, count)) => *count += 1,
+                None => landed.push((lane.clone(), 1)),
+            }
+            let failure = match failed.next_if(|(at, _)| *at == index) {
+                Some((_, failure)) => Some(failure),
+                None if panicked => Some(Failure::new(Verdict::Backoff, "the sink's own code panicked")),
+                None => None,
+            };
+            let untried = stops && first_failed.is_some_and(|first| index > first) && failure.is_none();
+            let held = back.iter().any(|(name, _, _)| *name == lane) || aside.iter().any(|(name, ..)| *name == lane);
+            let next = match failure {
+                // An earlier one of its lane did not go through: it follows that one.
+                _ if untried || (held && failure.is_some()) => Next::Again(delivery, None),
+                None => {
+                    self.accepted(delivery, &mut settlement, &mut settled);
+                    Next::Over
+                }
+                Some(failure) => self.judge(delivery, &failure),
+            };
+            match next {
+                Next::Over => {}
+                Next::Again(delivery, wait) => match back.iter_mut().find(|(name, _, _)| *name == lane) {
+                    Some((_, group, _)) => group.push(delivery),
+                    None => back.push((lane, vec![delivery], wait)),
+                },
+                Next::Aside(delivery, wait) => aside.push((lane, delivery, wait)),
+            }
+        }
+        let now = Instant::now();
+        for (lane, group, wait) in back {
+            self.lanes.put_back(&lane, group, wait.map(|wait| now + wait));
+        }
+        for (lane, count) in landed {
+            self.lanes.landed(&lane, count);
+        }
+        for (lane, delivery, wait) in aside {
+            self.set_aside(lane, delivery, wait, &mut settlement, &mut settled);
+        }
+        if !settlement.is_frontier_only() {
+            self.settle(settlement, settled);
+        }
+    }
+
+    /// The target took it.
+    fn accepted(&mut self, delivery: Delivery, settlement: &mut Settlement, settled: &mut Settled) {
+        let weight = delivery.weight();
+        BranchCounters::add(&self.board.counters.delivered, 1);
+        BranchCounters::add(&self.board.counters.delivered_bytes, weight);
+        self.bytes = self.bytes.saturating_sub(weight);
+        let now = self.deps.clock.now();
+        self.accepted_at = now;
+        if self.breaker.answered(false) {
+            self.reopen();
+        }
+        self.board.update(|status| status.last_delivered_at = Some(now));
+        if !self.dead_lanes.is_empty()
+            && let Some(rows) = self.dead_lanes.get_mut(&delivery.lane())
+        {
+            let older = |row: &mut RowKey| *row < delivery.row;
+            settlement.overtaken.extend(rows.extract_if(.., older));
+        }
+        match delivery.shelved {
+            Some(lane) => {
+                settlement.returned.push(delivery.row);
+                settled.left.push(lane);
+            }
+            None => _ = self.frontier.end(delivery.row.position),
+        }
+    }
+
+    /// What a failure means for the delivery and for the branch.
+    fn judge(&mut self, mut delivery: Delivery, failure: &Failure) -> Next {
+        let (now, instant) = (self.deps.clock.now(), Instant::now());
+        delivery.last_error.clone_from(&failure.message);
+        self.board.update(|status| {
+            status.last_error = Some(failure.message.to_string());
+            status.last_error_at = Some(now);
+        });
+        match failure.verdict {
+            Verdict::Never => {
+                delivery.attempts += 1;
+                if failure.rendering {
+                    let error = failure.message.clone();
+                    return self.end_or_keep(delivery, DeadReason::Template, error, "sink");
+                }
+                if self.breaker.answered(true) {
+                    self.reopen();
+                }
+                if self.breaker.is_refusing() {
+                    self.begin_pause("refused", refusal_note(&failure.message));
+                    return Next::Again(delivery, None);
+                }
+                let error = failure.message.clone();
+                self.end_or_keep(delivery, DeadReason::Refused, error, "sink")
+            }
+            Verdict::Down | Verdict::After(_) => {
+                BranchCounters::add(&self.board.counters.down, 1);
+                let at_least = match failure.verdict {
+                    Verdict::After(wait) => Some(wait.min(LONGEST_AFTER)),
+                    _ => None,
+                };
+                if self.breaker.down(instant, at_least) {
+                    self.close(&failure.message);
+                }
+                Next::Again(delivery, None)
+            }
+            Verdict::Backoff => {
+                BranchCounters::add(&self.board.counters.retried, 1);
+                delivery.count_failure(self.breaker.streak(), now);
+                if self.breaker.failed(instant, &delivery.lane()) {
+                    delivery.give_back(self.breaker.streak());
+                    self.close(&failure.message);
+                    return Next::Again(delivery, None);
+                }
+                let first_failed = delivery.first_failed.unwrap_or(now);
+                let retry = &self.plan.retry;
+                let others_go_through = self.accepted_at > first_failed;
+                let spent = delivery.attempts >= retry.attempts && others_go_through;
+                if spent || now.since(first_failed) >= retry.give_up {
+                    let error = failure.message.clone();
+                    return self.end_or_keep(delivery, DeadReason::Exhausted, error, "sink");
+                }
+                let wait = retry.wait(delivery.attempts, fastrand::f64());
+                let long = delivery.attempts >= ASIDE_AFTER.0 || wait > ASIDE_AFTER.1;
+                if delivery.shelved.is_some() || (long && others_go_through && self.asides.has_room()) {
+                    return Next::Aside(delivery, wait);
+                }
+                Next::Again(delivery, Some(wait))
+            }
+        }
+    }
+
+    /// Closes the delivery's lane: it and all that waits behind it go to the shelf in one group (LOG.md 12).
+    fn set_aside(
+        &mut self,
+        lane: Box<str>,
+        delivery: Delivery,
+        wait: Duration,
+        settlement: &mut Settlement,
+        settled: &mut Settled,
+    ) {
+        let now = self.deps.clock.now();
+        let next_try = now.saturating_add(wait);
+        let behind = self.lanes.close(&lane);
+        let again = delivery.shelved.is_some();
+        let mut added = 0;
+        for delivery in std::iter::once(delivery).chain(behind) {
+            self.bytes = self.bytes.saturating_sub(delivery.weight());
+            let first = settlement.aside.last().is_none_or(|row| row.lane != lane);
+            if delivery.shelved.is_none() {
+                added += 1;
+                settled.ends.push(delivery.row.position);
+            } else if !first {
+                // It lies on the shelf as it is; only the first row's attempts have changed.
+                continue;
+            }
+            settlement.aside.push(aside_row(&delivery, lane.clone(), next_try, now));
+        }
+        if !again {
+            BranchCounters::add(&self.board.counters.set_aside, added);
+        }
+        self.asides.wait(&lane, added as u64, next_try);
+    }
+
+    /// A dead letter if there is room for one; else the branch pauses and the delivery keeps waiting.
+    fn end_or_keep(&mut self, delivery: Delivery, reason: DeadReason, error: Box<str>, stage: &str) -> Next {
+        if self.dead_bytes >= self.plan.dead_letters.size.0 {
+            self.count_dead_bytes();
+        }
+        if self.dead_bytes >= self.plan.dead_letters.size.0 {
+            let size = self.plan.dead_letters.size;
+            let note =
+                format!("the dead letters have reached {size}: replay or purge some, or raise dead_letters.size");
+            self.begin_pause("dead_letters_full", note);
+            return Next::Again(delivery, None);
+        }
+        let rendered = Some(delivery.event.payload().clone());
+        self.end_badly(delivery, reason, error, stage, rendered);
+        Next::Over
+    }
+
+    /// Ends a delivery in the dead letters; the frontier passes when that is durable.
+    pub(super) fn end_badly(
+        &mut self,
+        delivery: Delivery,
+        reason: DeadReason,
+        error: Box<str>,
+        stage: &str,
+        rendered: Option<Bytes>,
+    ) {
+        self.bytes = self.bytes.saturating_sub(delivery.weight());
+        let record = Arc::clone(&delivery.event.record);
+        let letter = self.letter(delivery.row, record, reason, delivery.attempts, error, stage, rendered);
+        if delivery.event.key.is_some() {
+            self.remember_dead(&delivery.lane(), delivery.row);
+        }
+        let mut settled = Settled::default();
+        match delivery.shelved {
+            Some(lane) => settled.left.push(lane),
+            None => settled.ends.push(delivery.row.position),
+        }
+        self.settle(Settlement { dead: vec![letter], ..Settlement::default() }, settled);
+    }
+
+    /// Writes a dead letter, and the copy that the file asks for.
+    #[expect(clippy::too_many_arguments, reason = "a letter's fields, each of another origin")]
+    pub(super) fn letter(
+        &mut self,
+        row: RowKey,
+        record: Arc<Record>,
+        reason: DeadReason,
+        attempts: u32,
+        error: Box<str>,
+        stage: &str,
+        rendered: Option<Bytes>,
+    ) -> DeadLetter {
+        BranchCounters::add(&self.board.counters.dead, 1);
+        self.dead_bytes += (record.weight() + rendered.as_ref().map_or(0, Bytes::len)) as u64;
+        let newest = self.deps.revisions.newest();
+        let letter = DeadLetter {
+            row,
+            branch: self.plan.name.clone(),
+            at: self.deps.clock.now(),
+            reason,
+            attempts,
+            last_error: error,
+            stage: stage.into(),
+            revision: newest.map(|plan| plan.revision.as_ref().into()).unwrap_or_default(),
+            // Only what differs from the original is worth keeping.
+            rendered: rendered.filter(|rendered| *rendered != record.payload),
+            record,
+            overtaken: false,
+        };
+        if let Some(also) = self.also.clone() {
+            copy(also, &letter);
+        }
+        tracing::warn!(namespace = %self.deps.namespace, branch = %letter.branch, id = %letter.record.id,
+            reason = ?letter.reason, error = %letter.last_error, "dead letter");
+        letter
+    }
+
+    fn close(&mut self, error: &str) {
+        let streak = self.breaker.streak();
+        self.lanes.each(|delivery| delivery.give_back(streak));
+        self.closed_since.get_or_insert(self.deps.clock.now());
+        if self.pause.is_none() {
+            let note = format!("the target is away ({error}); it is probed with growing waits of up to 30 s");
+            self.begin_pause("breaker", note);
+        }
+    }
+
+    fn reopen(&mut self) {
+        let now = self.deps.clock.now();
+        if let Some(since) = self.closed_since.take() {
+            self.shift(now.since(since));
+        }
+        if self.pause.as_ref().is_some_and(|pause| pause.cause == "breaker") {
+            self.pause = None;
+            tracing::info!(namespace = %self.deps.namespace, branch = %self.plan.name, "the target is back");
+            self.board.update(|status| status.pause = None);
+        }
+        self.lanes.wake_all();
+    }
+
+    /// The branch was closed for so long: that counts against no record.
+    fn shift(&mut self, by: Duration) {
+        self.lanes.each(|delivery| {
+            delivery.first_failed = delivery.first_failed.map(|first: Timestamp| first.saturating_add(by));
+        });
+    }
+
+    pub(super) fn begin_pause(&mut self, cause: &'static str, note: String) {
+        if self.pause.as_ref().is_some_and(|pause| pause.cause == cause || pause.cause == "operator") {
+            return;
+        }
+        let since = self.deps.clock.now();
+        if cause != "breaker" {
+            self.closed_since.get_or_insert(since);
+        }
+        tracing::warn!(namespace = %self.deps.namespace, branch = %self.plan.name, cause, note, "branch pauses");
+        if matches!(cause, "refused" | "operator") {
+            let stored = StoredPause { cause: cause.into(), note: note.as_str().into(), since };
+            self.settle(Settlement { pause: Some(Some(stored)), ..Settlement::default() }, Settled::default());
+        }
+        let pause = Pause { cause, note, since };
+        self.board.update(|status| status.pause = Some(pause.clone()));
+        self.pause = Some(pause);
+    }
+
+    /// Ends the pause; `stored` also clears what would outlive a restart.
+    pub(super) fn end_pause(&mut self, stored: bool) {
+        if let Some(pause) = self.pause.take() {
+            tracing::info!(namespace = %self.deps.namespace, branch = %self.plan.name, cause = pause.cause, "branch goes on");
+            self.board.update(|status| status.pause = None);
+            if stored && matches!(pause.cause, "refused" | "operator") {
+                self.settle(Settlement { pause: Some(None), ..Settlement::default() }, Settled::default());
+            }
+            self.reopen();
+            self.breaker.probe_now();
+        }
+    }
+}
+
+fn refusal_note(error: &str) -> String {
+    format!(
+        "the target refused half of the last 200 records ({error}): this looks like a bad deploy, not bad records. \
+         Correct the pipeline or the target, then reload or resume"
+    )
+}
+
+/// Writes a copy of the letter beside; the letter itself is on the shelf, so a failure here is only reported.
+fn copy(also: Arc<dyn crate::sink::Sink>, letter: &DeadLetter) {
+    let payload = String::from_utf8_lossy(&letter.record.payload).into_owned();
+    let line = serde_json::json!({
+        "messageId": letter.record.id, "branch": letter.branch, "at": letter.at, "reason": letter.reason,
+        "attempts": letter.attempts, "lastError": letter.last_error, "stage": letter.stage, "key": letter.record.key,
+        "payload": serde_json::from_str::<serde_json::Value>(&payload).unwrap_or(payload.into()),
+    });
+    let event = Event::original(Arc::clone(&letter.record)).with_payload(line.to_string().into());
+    tokio::spawn(async move {
+        let written = also.write(&[Operation { event, case: 0, region: None }]).await;
+        if let Some((_, failure)) = written.failed.first() {
+            tracing::error!(error = %failure, "the copy of a dead letter could not be written");
+        }
+    });
+}

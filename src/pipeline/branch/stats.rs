@@ -1,0 +1,98 @@
+//! What a branch tells of itself: counters for metrics, and its state for status pages.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use crate::clock::Timestamp;
+
+/// Upper bounds of the attempt histogram, in seconds.
+pub const ATTEMPT_BUCKETS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
+
+/// Counts since the process started. Read with relaxed loads.
+#[derive(Debug, Default)]
+pub struct BranchCounters {
+    /// Deliveries that the target took.
+    pub delivered: AtomicU64,
+    /// Payload bytes of them.
+    pub delivered_bytes: AtomicU64,
+    /// Records that a filter, script or guard ended.
+    pub dropped: AtomicU64,
+    /// Failed attempts that may be repeated.
+    pub retried: AtomicU64,
+    /// Failed attempts because the target was away.
+    pub down: AtomicU64,
+    /// Deliveries set aside.
+    pub set_aside: AtomicU64,
+    /// Deliveries that ended in the dead letters.
+    pub dead: AtomicU64,
+    /// Times that the branch was started again after a failure of its own.
+    pub restarts: AtomicU64,
+    /// Attempts by duration; the last is beyond all bounds.
+    pub attempts: [AtomicU64; ATTEMPT_BUCKETS.len() + 1],
+    /// Microseconds of all attempts.
+    pub attempt_micros: AtomicU64,
+}
+
+impl BranchCounters {
+    pub(super) fn add(counter: &AtomicU64, count: usize) {
+        counter.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn attempt(&self, took: Duration) {
+        let bucket = ATTEMPT_BUCKETS.partition_point(|bound| *bound < took.as_secs_f64());
+        if let Some(counter) = self.attempts.get(bucket) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        self.attempt_micros.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+}
+
+/// Why a branch does not send.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Pause {
+    /// `breaker`, `refused`, `dead_letters_full`, `set_aside_full` or `operator`.
+    pub cause: &'static str,
+    /// What happened, and what ends it.
+    pub note: String,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// A branch as a status page shows it.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct BranchStatus {
+    /// Why it does not send, if it does not.
+    pub pause: Option<Pause>,
+    /// Deliveries read and not yet ended.
+    pub in_flight: u64,
+    /// Keys that are set aside.
+    pub lanes_aside: u64,
+    /// What the target said last when it failed.
+    pub last_error: Option<String>,
+    /// When that was.
+    pub last_error_at: Option<Timestamp>,
+    /// When the target last took something.
+    pub last_delivered_at: Option<Timestamp>,
+}
+
+/// Where the branch's task writes its state and others read it.
+#[derive(Debug, Default)]
+pub struct Board {
+    /// Counters.
+    pub counters: BranchCounters,
+    status: Mutex<BranchStatus>,
+}
+
+impl Board {
+    /// The state now.
+    pub fn status(&self) -> BranchStatus {
+        self.status.lock().clone()
+    }
+
+    pub(super) fn update(&self, change: impl FnOnce(&mut BranchStatus)) {
+        change(&mut self.status.lock());
+    }
+}

@@ -1,0 +1,1 @@
+//! Each rule of a branch, on the log in memory with a scripted target.
