@@ -11,9 +11,9 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use tokio::sync::Notify;
 
-use super::plan::Plan;
+use super::plan::{BranchPlan, Plan};
 use crate::record::Position;
-use crate::source::Log;
+use crate::source::{BranchName, Log};
 
 /// The plans of one namespace, by epoch.
 pub struct Revisions {
@@ -46,6 +46,27 @@ impl InForce {
         let later = self.0.partition_point(|revision| revision.after < position);
         // A record from before the oldest epoch that is kept goes by that one.
         self.0.get(later.saturating_sub(1)).map(|revision| &revision.plan)
+    }
+
+    /// The plan in force at `position`, and in it the branch that is called `name` now; it may have had another name.
+    pub fn branch_at(&self, position: Position, name: &BranchName) -> Option<(&Plan, Option<&Arc<BranchPlan>>)> {
+        let at = self.0.partition_point(|revision| revision.after < position).saturating_sub(1);
+        let mut name = name;
+        let mut found = None;
+        for (number, revision) in self.0.iter().enumerate().rev() {
+            found = revision.plan.branches.iter().find(|branch| branch.name == *name);
+            if number <= at {
+                break;
+            }
+            if let Some(was) = found.and_then(|branch| branch.was.as_ref()) {
+                // Only where the earlier plan does not have the new name already: `was` may stay in a file for long.
+                let before = number.checked_sub(1).and_then(|before| self.0.get(before));
+                if before.is_some_and(|before| before.plan.branches.iter().all(|branch| branch.name != *name)) {
+                    name = was;
+                }
+            }
+        }
+        Some((&self.0.get(at)?.plan, found))
     }
 
     /// All of them, oldest first.

@@ -7,6 +7,7 @@ pub mod file;
 pub mod http;
 pub mod redis;
 pub mod stdout;
+pub mod template;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,6 +83,13 @@ pub struct Written {
     pub failed: Vec<(usize, Failure)>,
 }
 
+impl Written {
+    /// All of a batch failed for one reason.
+    pub fn all(len: usize, failure: &Failure) -> Self {
+        Self { failed: (0..len).map(|index| (index, failure.clone())).collect() }
+    }
+}
+
 /// A target's protocol. Shared by nobody: a branch owns its sink.
 pub trait Sink: Send + Sync {
     /// How its batches fail.
@@ -110,4 +118,22 @@ pub enum Kind {
     },
     /// Redis commands.
     Redis(Box<redis::RedisSpec>),
+}
+
+/// A sink cannot be set up as its settings say.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct OpenError(pub Box<str>);
+
+/// Sets a sink up. Connects to nothing: that waits for the first batch.
+///
+/// # Errors
+/// When a setting cannot work: a file of certificates that is not there, an address that is none.
+pub async fn open(kind: &Kind) -> Result<Box<dyn Sink>, OpenError> {
+    Ok(match kind {
+        Kind::Stdout(_) => Box::new(stdout::Stdout),
+        Kind::File(spec) => Box::new(file::Files::new(spec)),
+        Kind::Http { spec, batched } => Box::new(http::Http::open(spec, *batched).await?),
+        Kind::Redis(spec) => Box::new(redis::Redis::new(spec)?),
+    })
 }
