@@ -155,7 +155,7 @@ impl Http {
     ///
     /// # Errors
     /// When a setting cannot work.
-    pub async fn open(spec: &HttpSpec, batched: bool) -> Result<Self, OpenError> {
+    pub fn open(spec: &HttpSpec, batched: bool) -> Result<Self, OpenError> {
         let wrong = |what: String| OpenError(what.into());
         let mut client = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
@@ -167,10 +167,9 @@ impl Http {
             Some(url) => client.proxy(reqwest::Proxy::all(url).map_err(|error| wrong(format!("http.proxy: {error}")))?),
         };
         if let Some(tls) = &spec.tls {
-            let read =
-                async |path: &str| tokio::fs::read(path).await.map_err(|error| wrong(format!("{path}: {error}")));
+            let read = |path: &str| std::fs::read(path).map_err(|error| wrong(format!("{path}: {error}")));
             if let Some(path) = &tls.ca_file {
-                let pem = read(path).await?;
+                let pem = read(path)?;
                 let certificates =
                     reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| wrong(format!("{path}: {error}")))?;
                 for certificate in certificates {
@@ -178,8 +177,8 @@ impl Http {
                 }
             }
             if let (Some(certificate), Some(key)) = (&tls.cert_file, &tls.key_file) {
-                let mut pem = read(certificate).await?;
-                pem.extend(read(key).await?);
+                let mut pem = read(certificate)?;
+                pem.extend(read(key)?);
                 let identity =
                     reqwest::Identity::from_pem(&pem).map_err(|error| wrong(format!("{certificate}: {error}")))?;
                 client = client.identity(identity);
@@ -202,7 +201,7 @@ impl Http {
             headers: spec.headers.iter().map(header).collect::<Result<_, OpenError>>()?,
             body: spec.body.as_ref().map(Shape::new),
             batch: batched.then(|| spec.format.unwrap_or(BatchFormat::JsonArray)),
-            secrets: secrets(spec).await?,
+            secrets: secrets(spec)?,
             verdicts: spec.verdicts.iter().map(verdict).collect::<Result<_, OpenError>>()?,
         })
     }
@@ -342,12 +341,12 @@ fn unreachable(error: &reqwest::Error) -> Failure {
     Failure::new(verdict, format!("the target {what}"))
 }
 
-async fn secrets(spec: &HttpSpec) -> Result<Vec<SecretBox<Vec<u8>>>, OpenError> {
+fn secrets(spec: &HttpSpec) -> Result<Vec<SecretBox<Vec<u8>>>, OpenError> {
     let Some(sign) = &spec.sign else { return Ok(Vec::new()) };
     let text = match (&sign.secret, &sign.secret_file) {
         (Some(secret), _) => secret.clone(),
         (None, Some(path)) => {
-            tokio::fs::read_to_string(path).await.map_err(|error| OpenError(format!("{path}: {error}").into()))?
+            std::fs::read_to_string(path).map_err(|error| OpenError(format!("{path}: {error}").into()))?
         }
         (None, None) => String::new(),
     };

@@ -129,11 +129,11 @@ pub struct OpenError(pub Box<str>);
 ///
 /// # Errors
 /// When a setting cannot work: a file of certificates that is not there, an address that is none.
-pub async fn open(kind: &Kind) -> Result<Box<dyn Sink>, OpenError> {
+pub fn open(kind: &Kind) -> Result<Box<dyn Sink>, OpenError> {
     Ok(match kind {
         Kind::Stdout(_) => Box::new(stdout::Stdout),
         Kind::File(spec) => Box::new(file::Files::new(spec)),
-        Kind::Http { spec, batched } => Box::new(http::Http::open(spec, *batched).await?),
+        Kind::Http { spec, batched } => Box::new(http::Http::open(spec, *batched)?),
         Kind::Redis(spec) => Box::new(redis::Redis::new(spec)?),
     })
 }
