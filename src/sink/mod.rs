@@ -9,11 +9,13 @@ pub mod redis;
 pub mod stdout;
 pub mod template;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 
+use crate::clock::Clock;
 use crate::transform::Event;
 
 /// One operation of a batch.
@@ -120,6 +122,19 @@ pub enum Kind {
     Redis(Box<redis::RedisSpec>),
 }
 
+/// What a sink knows of the branch that it serves.
+#[derive(Clone, Debug)]
+pub struct SinkContext {
+    /// What relative paths are relative to; empty for the folder that the process runs in.
+    pub folder: PathBuf,
+    /// The namespace, for lines and templates.
+    pub namespace: Arc<str>,
+    /// The sink's name, for templates.
+    pub sink: Arc<str>,
+    /// The time, for signatures and for waits that a target names.
+    pub clock: Clock,
+}
+
 /// A sink cannot be set up as its settings say.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -129,7 +144,7 @@ pub struct OpenError(pub Box<str>);
 ///
 /// # Errors
 /// When a setting cannot work: a file of certificates that is not there, an address that is none.
-pub fn open(kind: &Kind) -> Result<Box<dyn Sink>, OpenError> {
+pub fn open(kind: &Kind, _context: &SinkContext) -> Result<Box<dyn Sink>, OpenError> {
     Ok(match kind {
         Kind::Stdout(_) => Box::new(stdout::Stdout),
         Kind::File(spec) => Box::new(file::Files::new(spec)),

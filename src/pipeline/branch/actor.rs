@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use super::{BranchDeps, Command, Skip};
 use crate::clock::Timestamp;
 use crate::pipeline::plan::BranchPlan;
 use crate::record::{Position, RecordId};
-use crate::sink::{BatchStyle, Operation, Sink, Written};
+use crate::sink::{BatchStyle, Operation, Sink, SinkContext, Written};
 use crate::source::frontier::Frontier;
 use crate::source::{AsideLane, AsideRow, Entry, LogError, RowKey, Settlement, StoredPause, Subscription, lane_of};
 use crate::spec::sink::Ordering;
@@ -101,8 +102,14 @@ pub(super) async fn run(
 ) -> Result<Ended, LogError> {
     let mut commands = commands.lock().await;
     let start = deps.log.open_branch(&plan.name, deps.start).await?;
+    let context = SinkContext {
+        folder: PathBuf::new(),
+        namespace: deps.namespace.as_str().into(),
+        sink: plan.sink.clone(),
+        clock: deps.clock.clone(),
+    };
     let open = |kind| {
-        (deps.open_sink)(kind)
+        (deps.open_sink)(kind, &context)
             .map(Arc::from)
             .map_err(|cause| LogError::Storage { act: "make the sink".into(), cause: cause.into() })
     };

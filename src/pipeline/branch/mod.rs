@@ -28,11 +28,11 @@ use super::plan::BranchPlan;
 use super::revisions::Revisions;
 use crate::clock::Clock;
 use crate::record::{Namespace, RecordId};
-use crate::sink::{Kind, Sink};
+use crate::sink::{Kind, Sink, SinkContext};
 use crate::source::{BranchName, Log, LogError, Shelf, Start};
 
 /// Makes the sink of a branch, again whenever its settings change. Opens no connection.
-pub type OpenSink = Arc<dyn Fn(&Kind) -> Result<Box<dyn Sink>, Box<str>> + Send + Sync>;
+pub type OpenSink = Arc<dyn Fn(&Kind, &SinkContext) -> Result<Box<dyn Sink>, Box<str>> + Send + Sync>;
 
 /// What a branch needs.
 #[derive(Clone)]
