@@ -16,6 +16,8 @@ pub mod delay;
 
 pub mod replicate;
 
+pub mod ingest;
+
 pub mod spec;
 
 pub mod pipeline;

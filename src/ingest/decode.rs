@@ -1,0 +1,278 @@
+//! From the bytes of one write to a record and what its client wants done with it.
+//!
+//! The payload stays the exact bytes that came; it is parsed only where a key pointer, a schema or an expression needs it.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use http::StatusCode;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+use serde_json::value::RawValue;
+use sha2::{Digest as _, Sha256};
+
+use super::Inlet;
+use super::reply::Problem;
+use crate::clock::Timestamp;
+use crate::delay::{RequestedDelay, due};
+use crate::record::{Headers, Record, RecordId, Target, TargetKind};
+use crate::source::{IdempotencyKey, Write};
+use crate::transform::{Event, MAX_DEPTH, json_depth};
+use crate::units::Span;
+
+/// The longest key, in bytes.
+const LONGEST_KEY: usize = 1_024;
+/// The longest idempotency key, in bytes.
+const LONGEST_IDEMPOTENCY_KEY: usize = 255;
+/// Metadata and tags at most, in bytes.
+const MOST_METADATA: usize = 16 << 10;
+
+/// A write as clients send it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Envelope<'a> {
+    #[serde(borrow)]
+    pub(super) namespace: Cow<'a, str>,
+    #[serde(borrow, default, deserialize_with = "raw")]
+    payload: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    payload_base64: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    key: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    idempotency_key: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    lifecycle: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    target: Option<&'a RawValue>,
+    #[serde(default)]
+    metadata: serde_json::Map<String, Value>,
+    #[serde(default)]
+    priority: Option<i64>,
+    #[serde(default)]
+    tags: Vec<Box<str>>,
+}
+
+/// `null` is a payload too.
+fn raw<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct Lifecycle {
+    delay: Option<Span>,
+    jitter: Option<Span>,
+    deliver_at: Option<Timestamp>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wish {
+    #[serde(rename = "type", default)]
+    kind: Option<TargetKind>,
+    #[serde(default)]
+    config: WishConfig,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WishConfig {
+    regions: Vec<String>,
+    sinks: Vec<String>,
+}
+
+/// Reads the envelope.
+pub(super) fn envelope(bytes: &[u8]) -> Result<Envelope<'_>, Problem> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| Problem::malformed(format!("the write cannot be read: {error}")).failed())
+}
+
+impl Envelope<'_> {
+    /// Makes the write for a namespace's log. `whole` are the bytes that the envelope was read from.
+    pub(super) fn write(self, inlet: &Inlet, whole: &Bytes, header_key: Option<&str>) -> Result<Write, Problem> {
+        let now = inlet.clock.now();
+        let (payload, binary) = self.payload(inlet, whole)?;
+        let mut json = None;
+        let key = match &self.key {
+            Some(key) => Some(key.as_ref().into()),
+            None => match &inlet.key {
+                Some(pointer) if !binary => pointed(&payload, &mut json, pointer, "key")?,
+                _ => None,
+            },
+        };
+        let idempotency = match header_key.or(self.idempotency_key.as_deref()) {
+            Some(key) => Some(key.into()),
+            None => match &inlet.idempotency {
+                Some(pointer) if !binary => pointed(&payload, &mut json, pointer, "idempotency key")?,
+                _ => None,
+            },
+        };
+        check_length("key", key.as_deref(), LONGEST_KEY)?;
+        check_length("idempotency key", idempotency.as_deref(), LONGEST_IDEMPOTENCY_KEY)?;
+        if let Some(schema) = inlet.schema.as_ref() {
+            schema.check(&payload).map_err(|faults| Problem::schema(schema.path(), faults).failed())?;
+        }
+        let target = self.target.map(|wish| target(wish, inlet)).transpose()?;
+        let fingerprint = idempotency.as_ref().map(|_| self.fingerprint(&payload, key.as_deref()));
+        let requested = self.lifecycle.map(lifecycle).transpose()?.unwrap_or_default();
+        let record = Record {
+            id: RecordId::from_bytes([0; 16]),
+            written_at: now,
+            due_at: None,
+            key,
+            headers: self.headers()?,
+            target,
+            priority: self.priority,
+            tags: self.tags,
+            origin: inlet.origin.as_deref().map(Into::into),
+            idempotency_key: idempotency.as_deref().map(Into::into),
+            epoch: 0,
+            binary,
+            payload,
+        };
+        let due_at = if requested == RequestedDelay::default() && inlet.delay.is_none() {
+            None
+        } else {
+            // An expression may look at all of the record; the copy shares its bytes.
+            due(inlet.delay.as_ref(), &requested, &Event::original(Arc::new(record.clone())), now)?
+        };
+        if due_at.is_some() && !inlet.log.caps().delay {
+            return Err(Problem::new(
+                StatusCode::NOT_IMPLEMENTED,
+                "unsupported",
+                "this namespace's source cannot delay",
+            )
+            .failed());
+        }
+        let idempotency = idempotency
+            .zip(fingerprint)
+            .map(|(key, fingerprint): (Arc<str>, _)| IdempotencyKey { key: key.as_ref().into(), fingerprint });
+        Ok(Write { record, due_at, idempotency })
+    }
+
+    fn payload(&self, inlet: &Inlet, whole: &Bytes) -> Result<(Bytes, bool), Problem> {
+        let (payload, binary) = match (self.payload, &self.payload_base64) {
+            (Some(raw), None) => {
+                let text = raw.get().as_bytes();
+                if json_depth(text) > MAX_DEPTH {
+                    return Err(
+                        Problem::malformed(format!("the payload is nested deeper than {MAX_DEPTH} levels")).failed()
+                    );
+                }
+                (whole.slice_ref(text), false)
+            }
+            (None, Some(text)) => {
+                let decoded = STANDARD.decode(text.as_bytes());
+                (decoded.map_err(|error| Problem::malformed(format!("payloadBase64: {error}")).failed())?.into(), true)
+            }
+            (Some(_), Some(_)) => return Err(Problem::malformed("give payload or payloadBase64, not both").failed()),
+            (None, None) => return Err(Problem::malformed("payload is missing").failed()),
+        };
+        let size = payload.len() as u64;
+        if size > inlet.record_bytes {
+            Err(Problem::too_large(size, inlet.record_bytes).failed())
+        } else {
+            Ok((payload, binary))
+        }
+    }
+
+    fn headers(&self) -> Result<Headers, Problem> {
+        let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+        let headers: Headers =
+            self.metadata.iter().map(|(name, value)| (name.as_str().into(), plain(value).into())).collect();
+        let size = headers.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>()
+            + self.tags.iter().map(|tag| tag.len()).sum::<usize>();
+        if size > MOST_METADATA {
+            return Err(Problem::too_large(size as u64, MOST_METADATA as u64).failed());
+        }
+        Ok(headers)
+    }
+
+    /// A digest over what a repetition must repeat.
+    fn fingerprint(&self, payload: &[u8], key: Option<&str>) -> [u8; 16] {
+        let mut digest = Sha256::new();
+        let parts = [
+            Some(payload),
+            key.map(str::as_bytes),
+            self.target.map(|raw| raw.get().as_bytes()),
+            self.lifecycle.map(|raw| raw.get().as_bytes()),
+        ];
+        for part in parts {
+            digest.update(part.map_or(u64::MAX, |part| part.len() as u64).to_le_bytes());
+            digest.update(part.unwrap_or_default());
+        }
+        let digest: [u8; 32] = digest.finalize().into();
+        let mut short = [0; 16];
+        short.iter_mut().zip(digest).for_each(|(to, from)| *to = from);
+        short
+    }
+}
+
+fn check_length(what: &str, text: Option<&str>, longest: usize) -> Result<(), Problem> {
+    match text {
+        Some(text) if text.len() > longest => {
+            Err(Problem::malformed(format!("the {what} is longer than {longest} bytes")).failed())
+        }
+        Some("") => Err(Problem::malformed(format!("the {what} is empty")).failed()),
+        _ => Ok(()),
+    }
+}
+
+/// The text at a pointer: a string itself, a number or bool as JSON; missing and null are none.
+fn pointed(payload: &[u8], json: &mut Option<Value>, pointer: &str, what: &str) -> Result<Option<Arc<str>>, Problem> {
+    if json.is_none() {
+        let parsed = serde_json::from_slice(payload);
+        *json = Some(parsed.map_err(|error| Problem::malformed(format!("the payload is not JSON: {error}")).failed())?);
+    }
+    match json.as_ref().and_then(|json| json.pointer(pointer)) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.as_str().into())),
+        Some(value @ (Value::Number(_) | Value::Bool(_))) => Ok(Some(value.to_string().into())),
+        Some(_) => {
+            let detail = format!("the {what} at {pointer} is an array or object; it must be a string, number or bool");
+            Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "key", detail).failed())
+        }
+    }
+}
+
+fn lifecycle(raw: &RawValue) -> Result<RequestedDelay, Problem> {
+    let wish: Option<Lifecycle> =
+        serde_json::from_str(raw.get()).map_err(|error| Problem::malformed(format!("lifecycle: {error}")).failed())?;
+    let wish = wish.unwrap_or_default();
+    let plain = |span: Option<Span>| span.map(|span| -> Duration { span.0 });
+    Ok(RequestedDelay { deliver_at: wish.deliver_at, delay: plain(wish.delay), jitter: plain(wish.jitter) })
+}
+
+/// What the client chose of what the file declares; what would reach nobody is refused.
+fn target(raw: &RawValue, inlet: &Inlet) -> Result<Target, Problem> {
+    let wish: Wish = serde_json::from_str(raw.get()).map_err(|error| {
+        Problem::malformed(format!("target: {error}; a target only chooses: {{type, config: {{regions, sinks}}}}"))
+            .failed()
+    })?;
+    let target = Target { kind: wish.kind, regions: wish.config.regions, sinks: wish.config.sinks };
+    let refuse = |what: String| Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "target", what).failed());
+    let has_region = |name: &String| inlet.outlets.iter().any(|outlet| outlet.region.as_deref() == Some(name));
+    let regional = inlet.outlets.iter().any(|outlet| outlet.region.is_some());
+    if let Some(region) = target.regions.iter().find(|name| regional && !has_region(name)) {
+        return refuse(format!("this namespace has no region `{region}`"));
+    }
+    if let Some(sink) = target.sinks.iter().find(|name| inlet.outlets.iter().all(|outlet| *outlet.sink != ***name)) {
+        return refuse(format!("this namespace has no sink `{sink}`"));
+    }
+    let fits = |outlet: &super::Outlet| {
+        target.kind.is_none_or(|kind| kind == outlet.kind)
+            && (target.regions.is_empty()
+                || outlet.region.as_deref().is_none_or(|region| target.regions.iter().any(|one| one == region)))
+            && (target.sinks.is_empty() || target.sinks.iter().any(|one| **one == *outlet.sink))
+    };
+    if inlet.outlets.iter().any(fits) {
+        Ok(target)
+    } else {
+        refuse("no sink of this namespace fits the target".to_owned())
+    }
+}

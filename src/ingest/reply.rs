@@ -1,0 +1,174 @@
+//! What callers hear: JSON, and problems after RFC 9457 with a stable code and, on writes, with `durable`.
+
+use std::time::Duration;
+
+use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::{Response, StatusCode};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use warp::reply::Reply as _;
+
+use crate::delay::DelayFault;
+use crate::source::{AdmitError, LogError};
+use crate::transform::SchemaFault;
+
+/// Whether a write that was not accepted may be in the log all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Durable {
+    /// It is in the log.
+    Succeeded,
+    /// It is not and never will be.
+    Failed,
+    /// Nobody can say yet: repeat it with the same idempotency key.
+    Unknown,
+}
+
+/// A refusal, as the caller hears it.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    /// The status.
+    pub status: StatusCode,
+    /// The stable code.
+    pub code: &'static str,
+    /// What failed and what to do.
+    pub detail: String,
+    /// When to try again.
+    pub retry_after: Option<Duration>,
+    /// On writes.
+    pub durable: Option<Durable>,
+    /// Each fault of a payload.
+    pub errors: Vec<Value>,
+}
+
+impl Problem {
+    /// A refusal.
+    pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+        Self { status, code, detail: detail.into(), retry_after: None, durable: None, errors: Vec::new() }
+    }
+
+    /// 400: the request is malformed.
+    pub fn malformed(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "malformed", detail)
+    }
+
+    /// 404.
+    pub fn not_found(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, code, detail)
+    }
+
+    /// 503, with the time after which to try again.
+    pub fn unavailable(code: &'static str, detail: impl Into<String>, after: Duration) -> Self {
+        Self { retry_after: Some(after), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, code, detail) }
+    }
+
+    /// 429, with the time after which to try again.
+    pub fn too_many(code: &'static str, detail: impl Into<String>, after: Duration) -> Self {
+        Self { retry_after: Some(after), ..Self::new(StatusCode::TOO_MANY_REQUESTS, code, detail) }
+    }
+
+    /// 413.
+    pub fn too_large(bytes: u64, limit: u64) -> Self {
+        let detail = format!("{bytes} bytes are more than the {limit} that are taken here");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", detail)
+    }
+
+    /// 422: the payload does not match the namespace's schema.
+    pub fn schema(path: &str, faults: Vec<SchemaFault>) -> Self {
+        let errors =
+            faults.into_iter().map(|fault| json!({"pointer": fault.pointer, "message": fault.message})).collect();
+        let detail = format!("the payload does not match {path}");
+        Self { errors, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, "schema", detail) }
+    }
+
+    /// The same, of a write that is not in the log.
+    #[must_use]
+    pub fn failed(mut self) -> Self {
+        self.durable.get_or_insert(Durable::Failed);
+        self
+    }
+
+    /// As JSON.
+    pub fn body(&self) -> Value {
+        let mut body = Map::new();
+        body.insert("type".to_owned(), json!(format!("urn:walflow:problem:{}", self.code)));
+        body.insert("title".to_owned(), json!(self.status.canonical_reason().unwrap_or("refused")));
+        body.insert("status".to_owned(), json!(self.status.as_u16()));
+        body.insert("code".to_owned(), json!(self.code));
+        body.insert("detail".to_owned(), json!(self.detail));
+        if let Some(durable) = self.durable {
+            body.insert("durable".to_owned(), json!(durable));
+        }
+        if !self.errors.is_empty() {
+            body.insert("errors".to_owned(), json!(self.errors));
+        }
+        Value::Object(body)
+    }
+
+    /// As an answer.
+    pub fn into_response(self) -> warp::reply::Response {
+        let mut response = bytes(self.status, "application/problem+json", self.body().to_string().into_bytes());
+        if let Some(after) = self.retry_after {
+            let seconds = after.as_secs_f64().ceil().max(1.0);
+            if let Ok(value) = HeaderValue::from_str(&format!("{seconds:.0}")) {
+                response.headers_mut().insert(RETRY_AFTER, value);
+            }
+        }
+        response
+    }
+}
+
+impl From<AdmitError> for Problem {
+    fn from(error: AdmitError) -> Self {
+        let detail = error.to_string();
+        let second = Duration::from_secs(1);
+        match error {
+            AdmitError::BacklogFull { .. } => {
+                Self::unavailable("backlog_full", detail, Duration::from_secs(10)).failed()
+            }
+            AdmitError::DiskFull => Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", detail).failed(),
+            AdmitError::Busy { retry_after } => Self::unavailable("busy", detail, retry_after.max(second)).failed(),
+            AdmitError::TooLarge { .. } => Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", detail).failed(),
+            AdmitError::Unknown { .. } => {
+                let detail = format!("{detail}; repeat it with the same Idempotency-Key and it is settled");
+                let problem = Self::new(StatusCode::GATEWAY_TIMEOUT, "unknown", detail);
+                Self { durable: Some(Durable::Unknown), ..problem }
+            }
+            AdmitError::Closed { .. } => Self::unavailable("closed", detail, second).failed(),
+            AdmitError::Unsupported(_) => Self::new(StatusCode::NOT_IMPLEMENTED, "unsupported", detail).failed(),
+        }
+    }
+}
+
+impl From<DelayFault> for Problem {
+    fn from(fault: DelayFault) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "delay", fault.to_string()).failed()
+    }
+}
+
+impl From<LogError> for Problem {
+    fn from(error: LogError) -> Self {
+        let detail = error.to_string();
+        match error {
+            LogError::Unsupported(_) => Self::new(StatusCode::NOT_IMPLEMENTED, "unsupported", detail),
+            _ => Self::unavailable("log", detail, Duration::from_secs(1)),
+        }
+    }
+}
+
+/// An answer of these bytes.
+pub fn bytes(status: StatusCode, kind: &'static str, body: Vec<u8>) -> warp::reply::Response {
+    let mut response: Response<Vec<u8>> = Response::new(body);
+    *response.status_mut() = status;
+    let mut response = response.into_response();
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}
+
+/// An answer as JSON.
+pub fn json(status: StatusCode, body: &impl Serialize) -> warp::reply::Response {
+    match serde_json::to_vec(body) {
+        Ok(body) => bytes(status, "application/json", body),
+        Err(error) => Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.to_string()).into_response(),
+    }
+}

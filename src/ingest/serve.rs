@@ -1,0 +1,75 @@
+//! The accept loop: a bound on connections, on the time for a request's head, and on the wait at the end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::BoxedRoutes;
+
+/// Bounds of the accept loop.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at once; more wait to be accepted.
+    pub connections: usize,
+    /// How long the head of a request may take, and how long a connection may lie idle.
+    pub head: Duration,
+    /// How long requests under way may take at the end.
+    pub stop: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections: 8_192, head: Duration::from_secs(15), stop: Duration::from_secs(10) }
+    }
+}
+
+/// Serves until `stop`, then lets what is under way end.
+pub async fn serve(listener: TcpListener, routes: BoxedRoutes, limits: Limits, stop: CancellationToken) {
+    let service = warp::service(routes);
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.head);
+    builder.http2().timer(TokioTimer::new()).keep_alive_interval(Some(limits.head)).max_concurrent_streams(256);
+    let (builder, graceful) = (Arc::new(builder), GracefulShutdown::new());
+    let room = Arc::new(Semaphore::new(limits.connections));
+    loop {
+        let accepted = async {
+            let permit = Arc::clone(&room).acquire_owned().await;
+            (permit, listener.accept().await)
+        };
+        let (permit, accepted) = tokio::select! {
+            accepted = accepted => accepted,
+            () = stop.cancelled() => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Most often no file descriptor is left: whoever holds one needs time to give it back.
+                warn!(%error, "could not accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let _ = stream.set_nodelay(true);
+        let (builder, service) = (Arc::clone(&builder), TowerToHyperService::new(service.clone()));
+        let watcher = graceful.watcher();
+        tokio::spawn(async move {
+            let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+            if let Err(error) = watcher.watch(connection).await {
+                debug!(error, "a connection ended early");
+            }
+            drop(permit);
+        });
+    }
+    drop(listener);
+    if tokio::time::timeout(limits.stop, graceful.shutdown()).await.is_err() {
+        warn!("some requests did not end in time");
+    }
+}
