@@ -3,6 +3,9 @@
 pub mod body;
 pub mod change;
 pub mod disk;
+pub mod due;
 pub mod frame;
+pub mod keys;
+pub mod state;
 #[cfg(test)]
 mod testing;
