@@ -21,3 +21,5 @@ pub mod ingest;
 pub mod spec;
 
 pub mod pipeline;
+
+pub mod console;
