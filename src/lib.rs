@@ -23,3 +23,7 @@ pub mod spec;
 pub mod pipeline;
 
 pub mod console;
+
+pub mod service;
+
+pub mod cli;

@@ -1,3 +1,11 @@
 //! walflow, the program: parse, call, exit.
 
-fn main() {}
+use std::process::ExitCode;
+
+#[cfg(target_os = "linux")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+fn main() -> ExitCode {
+    walflow::cli::main()
+}

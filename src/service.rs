@@ -4,6 +4,7 @@
 //! order and the reload. A namespace that fails is that namespace's trouble: the others run.
 
 mod files;
+mod instance;
 mod logs;
 mod pipeline;
 mod pipelines;
@@ -14,16 +15,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use secrecy::SecretString;
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::clock::Clock;
+use crate::console::{self, Instance};
+use crate::ingest::{self, Limits};
 use crate::spec::diagnostic::Diagnostic;
 
 use files::Files;
+use instance::Front;
 use logs::Logs;
 use pipelines::Pipelines;
 use signals::{Signals, Wish};
@@ -116,47 +122,68 @@ pub async fn run(settings: Settings) -> Result<(), ServiceError> {
     if settings.api_keys.is_empty() && !settings.listen.ip().is_loopback() {
         return Err(ServiceError::OpenToAll { listen: settings.listen });
     }
-    let mut signals = Signals::new().map_err(|cause| ServiceError::System { act: "listen for signals".into(), cause })?;
+    let mut signals =
+        Signals::new().map_err(|cause| ServiceError::System { act: "listen for signals".into(), cause })?;
     let files = Files::new(settings.paths.clone());
-    let loaded = files.load();
-    loaded.report();
-    if settings.strict && loaded.has_errors() {
-        return Err(ServiceError::Config { problems: loaded.into_problems() });
+    let reading = files.read();
+    reading.report();
+    if settings.strict && reading.has_errors() {
+        return Err(ServiceError::Config { problems: reading.problems });
     }
-
     let clock = Clock::system();
     let logs = Logs::open(&settings.data, clock.clone()).await?;
     let listener = listen(settings.listen).await?;
     let address = listener.local_addr().unwrap_or(settings.listen);
 
     let (running, intake) = (CancellationToken::new(), CancellationToken::new());
+    let pipelines = Arc::new(Pipelines::new(files, logs, clock, running.clone()));
+    pipelines.apply(reading).await;
     let tasks = TaskTracker::new();
-    let pipelines = Arc::new(Pipelines::new(logs, clock, running.clone(), tasks.clone()));
-    pipelines.apply(loaded).await;
     tasks.spawn(Arc::clone(&pipelines).sweep());
-    let server = tasks.spawn(ingest(Arc::clone(&pipelines), listener, &settings, intake.clone()));
+    let front = Arc::new(Front::new(Arc::clone(&pipelines), &settings.api_keys));
+    let instance: Arc<dyn Instance> = Arc::clone(&front) as Arc<dyn Instance>;
+    let routes = ingest::routes(front, move |asked| console::answer(Arc::clone(&instance), asked).boxed());
+    let stop_after = Limits { stop: settings.shutdown_timeout / 2, ..Limits::default() };
+    let server = tokio::spawn(ingest::serve(listener, routes, stop_after, intake.clone()));
     if let Some(file) = &settings.address_file {
         write_address(file, address)?;
     }
     pipelines.set_ready(true);
-    info!(%address, namespaces = pipelines.count(), data = %settings.data.display(), "ready");
+    info!(%address, namespaces = pipelines.all().len(), data = %settings.data.display(), "ready");
 
     let fenced = loop {
         tokio::select! {
             wish = signals.next() => match wish {
-                Wish::Reload => {
-                    let loaded = files.load();
-                    loaded.report();
-                    pipelines.apply(loaded).await;
-                    info!(namespaces = pipelines.count(), "read the pipeline files again");
-                }
+                Wish::Reload => pipelines.reload().await,
                 Wish::Stop => break None,
             },
-            reason = pipelines.fenced() => break Some(reason),
+            reason = pipelines.logs.fenced() => break Some(reason),
         }
     };
-    stop(&settings, &pipelines, signals, (running, intake), tasks, server).await;
+    info!(within = ?settings.shutdown_timeout, "stopping: no more writes, what is under way ends");
+    let stopped = stop(&pipelines, &settings, &intake, server);
+    tokio::select! {
+        () = stopped => {}
+        code = signals.second() => {
+            warn!("a second signal: leaving at once; the log keeps what was not delivered");
+            std::process::exit(code);
+        }
+    }
+    tasks.close();
+    let _ = tokio::time::timeout(Duration::from_secs(1), tasks.wait()).await;
+    info!("stopped");
     fenced.map_or(Ok(()), |reason| Err(ServiceError::Fenced { reason }))
+}
+
+/// Down in order: not ready, no writes, branches, log.
+async fn stop(pipelines: &Pipelines, settings: &Settings, intake: &CancellationToken, server: JoinHandle<()>) {
+    let deadline = tokio::time::Instant::now() + settings.shutdown_timeout;
+    pipelines.set_ready(false);
+    intake.cancel();
+    let _ = tokio::time::timeout_at(deadline, server).await;
+    let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+    pipelines.drain(left.max(Duration::from_millis(100))).await;
+    pipelines.logs.close().await;
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, ServiceError> {

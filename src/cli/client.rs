@@ -77,7 +77,8 @@ impl Remote {
         let status = response.status();
         let bytes = response.bytes().await.map_err(|error| self.unreachable(&error))?;
         let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
-        let body = if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap_or_else(|_| text()) };
+        let body =
+            if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap_or_else(|_| text()) };
         Ok(Answer { status, body })
     }
 
@@ -91,7 +92,8 @@ impl Remote {
             return Stop::new(Stop::USAGE, format!("`{}` is not an address such as http://127.0.0.1:3000", self.url));
         }
         let what = if error.is_timeout() { "did not answer in time" } else { "cannot be reached" };
-        let hint = "is walflow running there? start it with `walflow run`, or name another address with --url or WALFLOW_URL";
+        let hint =
+            "is walflow running there? start it with `walflow run`, or name another address with --url or WALFLOW_URL";
         let mut causes = String::new();
         let mut cause = std::error::Error::source(error);
         while let Some(inner) = cause {

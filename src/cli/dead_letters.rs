@@ -79,7 +79,12 @@ impl Which {
 
     fn narrow(&self) -> [(&'static str, Option<String>); 4] {
         let copy = Clone::clone;
-        [("id", copy(&self.id)), ("branch", copy(&self.branch)), ("reason", copy(&self.reason)), ("key", copy(&self.key))]
+        [
+            ("id", copy(&self.id)),
+            ("branch", copy(&self.branch)),
+            ("reason", copy(&self.reason)),
+            ("key", copy(&self.key)),
+        ]
     }
 
     fn body(&self) -> Map<String, Value> {

@@ -6,7 +6,7 @@
 mod branch;
 mod client;
 mod dead_letters;
-
+mod explain;
 
 mod logging;
 mod namespace;
@@ -47,9 +47,6 @@ enum Verb {
     /// Delete a namespace with all that it holds
     #[command(subcommand)]
     Namespace(namespace::NamespaceVerb),
-    /// Check, show or repair the log's files while walflow is stopped
-    #[command(subcommand)]
-    Log(log::LogVerb),
     /// Print the JSON Schema of pipeline files, or the OpenAPI description of the HTTP interface
     Schema(schema::SchemaArgs),
     /// Explain an error code
@@ -134,7 +131,6 @@ fn carry_out(verb: Verb) -> Result<(), Stop> {
         Verb::DeadLetters(verb) => client::block_on(dead_letters::dead_letters(verb)),
         Verb::Branch(verb) => client::block_on(branch::branch(verb)),
         Verb::Namespace(verb) => client::block_on(namespace::namespace(verb)),
-        Verb::Log(verb) => log::log(&verb),
         Verb::Schema(args) => schema::schema(&args),
         Verb::Explain(args) => explain::explain(&args),
         Verb::Healthcheck(args) => client::block_on(status::healthcheck(args)),

@@ -23,7 +23,8 @@ pub(super) enum NamespaceVerb {
 pub(super) async fn namespace(verb: NamespaceVerb) -> Result<(), Stop> {
     let NamespaceVerb::Delete { namespace, yes, remote } = verb;
     if !yes {
-        let message = format!("this deletes every record, delayed write and dead letter of `{namespace}` for good; say --yes");
+        let message =
+            format!("this deletes every record, delayed write and dead letter of `{namespace}` for good; say --yes");
         return Err(Stop::new(Stop::USAGE, message));
     }
     remote.ask(Method::DELETE, &format!("/api/v1/wal/namespace/{}", segment(&namespace)), None).await?.success()?;

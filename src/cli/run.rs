@@ -1,12 +1,15 @@
 //! `walflow run`: run the pipelines, or only check and print them.
 
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
 
 use super::{Output, Stop, logging, output};
+use crate::pipeline;
 use crate::service::{self, ServiceError, Settings};
+use crate::spec::environment::Environment;
 use crate::units::Span;
 
 /// Settings of one instance.
@@ -70,6 +73,24 @@ pub(super) fn run(args: RunArgs) -> Result<(), Stop> {
     // A target that never answers must not hold the exit.
     runtime.shutdown_background();
     result.map_err(|error| Stop::new(exit_code(&error), error.to_string()))
+}
+
+fn dry_run(args: &RunArgs) -> Result<(), Stop> {
+    let variables =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let found = pipeline::dry_run(&args.paths, &Environment::new(variables));
+    match args.output {
+        Output::Json => output::json(&found.json())?,
+        Output::Text => {
+            output::data(found.plans_text().trim_end())?;
+            let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+            output::notice(found.problems_text(colour).trim_end());
+        }
+    }
+    match found.exit_code() {
+        0 => Ok(()),
+        code => Err(Stop::new(code, "")),
+    }
 }
 
 const fn exit_code(error: &ServiceError) -> u8 {

@@ -40,8 +40,9 @@ pub(super) async fn write(args: WriteArgs) -> Result<(), Stop> {
             text
         }
     };
-    let payload: Value = serde_json::from_str(&text)
-        .map_err(|error| Stop::new(Stop::USAGE, format!("the payload is not JSON: {error}; text needs quotes of its own")))?;
+    let payload: Value = serde_json::from_str(&text).map_err(|error| {
+        Stop::new(Stop::USAGE, format!("the payload is not JSON: {error}; text needs quotes of its own"))
+    })?;
     let mut body = Map::new();
     body.insert("namespace".to_owned(), json!(args.namespace));
     body.insert("payload".to_owned(), payload);

@@ -21,7 +21,10 @@ pub(super) async fn find(instance: &dyn Instance, id: &str) -> Answer {
             return Ok(reply::json(StatusCode::OK, &body));
         }
     }
-    Err(Problem::not_found("no_message", "no log knows this id: it never was accepted, or it ended longer ago than is kept"))
+    Err(Problem::not_found(
+        "no_message",
+        "no log knows this id: it never was accepted, or it ended longer ago than is kept",
+    ))
 }
 
 fn describe(view: &View, found: Found, body: &mut Map<String, Value>) {

@@ -88,10 +88,12 @@ fn lags(page: &Page, instance: &dyn Instance, views: &[View]) -> Result<(), prom
     let bytes = page.gauges("walflow_branch_lag_bytes", "Their bytes", &BRANCH)?;
     let seconds = GaugeVec::new(Opts::new("walflow_branch_lag_seconds", "Age of the oldest of them"), &BRANCH)?;
     page.add(&seconds)?;
-    let aside = page.gauges("walflow_branch_set_aside_records", "Records set aside because their key keeps failing", &BRANCH)?;
+    let aside =
+        page.gauges("walflow_branch_set_aside_records", "Records set aside because their key keeps failing", &BRANCH)?;
     let dead = page.gauges("walflow_branch_dead_letters", "Dead letters that lie there", &BRANCH)?;
     let dead_bytes = page.gauges("walflow_branch_dead_letter_bytes", "Their bytes", &BRANCH)?;
-    let paused = page.gauges("walflow_branch_paused", "1 while a branch does not send, by cause", &["ns", "branch", "cause"])?;
+    let paused =
+        page.gauges("walflow_branch_paused", "1 while a branch does not send, by cause", &["ns", "branch", "cause"])?;
     let now = instance.clock().now();
     for view in views {
         let ns = view.namespace.as_str();
@@ -105,8 +107,11 @@ fn lags(page: &Page, instance: &dyn Instance, views: &[View]) -> Result<(), prom
             seconds.with_label_values(&labels).set(age);
             let rows = counts.aside.iter().find(|(branch, _)| branch == name).map_or(0, |(_, rows)| *rows);
             aside.with_label_values(&labels).set(whole(rows));
-            let (letters, size) =
-                counts.dead.iter().find(|(branch, ..)| branch == name).map_or((0, 0), |(_, letters, size)| (*letters, *size));
+            let (letters, size) = counts
+                .dead
+                .iter()
+                .find(|(branch, ..)| branch == name)
+                .map_or((0, 0), |(_, letters, size)| (*letters, *size));
             dead.with_label_values(&labels).set(whole(letters));
             dead_bytes.with_label_values(&labels).set(whole(size));
             let status = handle.board().status();
@@ -124,11 +129,17 @@ fn counts(page: &Page, views: &[View]) -> Result<(), prometheus::Error> {
     let all: [(&str, &str, Pick); 7] = [
         ("walflow_delivered_records_total", "Deliveries that a target took", |c| c.delivered.load(Ordering::Relaxed)),
         ("walflow_delivered_bytes_total", "Their payload bytes", |c| c.delivered_bytes.load(Ordering::Relaxed)),
-        ("walflow_dropped_records_total", "Records that a filter or script ended", |c| c.dropped.load(Ordering::Relaxed)),
-        ("walflow_attempts_failed_total", "Failed attempts that may be repeated", |c| c.retried.load(Ordering::Relaxed)),
+        ("walflow_dropped_records_total", "Records that a filter or script ended", |c| {
+            c.dropped.load(Ordering::Relaxed)
+        }),
+        ("walflow_attempts_failed_total", "Failed attempts that may be repeated", |c| {
+            c.retried.load(Ordering::Relaxed)
+        }),
         ("walflow_attempts_down_total", "Attempts that found the target away", |c| c.down.load(Ordering::Relaxed)),
         ("walflow_dead_letters_total", "Deliveries that ended in the dead letters", |c| c.dead.load(Ordering::Relaxed)),
-        ("walflow_branch_restarts_total", "Times that a branch fell over and was started again", |c| c.restarts.load(Ordering::Relaxed)),
+        ("walflow_branch_restarts_total", "Times that a branch fell over and was started again", |c| {
+            c.restarts.load(Ordering::Relaxed)
+        }),
     ];
     for (name, help, pick) in all {
         let counters = page.counters(name, help)?;

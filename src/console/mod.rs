@@ -138,13 +138,11 @@ async fn respond(instance: &dyn Instance, mut asked: Asked) -> Answer {
         ["api", "v1", "wal", "namespaces"] if get => Ok(status::namespaces(instance)),
         ["api", "v1", "wal", "message", id] if get => message::find(instance, id).await,
         ["api", "v1", "wal", "namespace", name] if asked.method == Method::DELETE => delete(instance, name).await,
-        ["api", "v1", "wal", "namespace", name, rest @ ..] if !rest.is_empty() => {
-            match (instance.view(name), rest) {
-                (Some(view), rest) => of_namespace(instance, &view, rest, asked).await,
-                (None, ["status"]) if get => status::absent(instance, name),
-                (None, _) => Err(unknown(name)),
-            }
-        }
+        ["api", "v1", "wal", "namespace", name, rest @ ..] if !rest.is_empty() => match (instance.view(name), rest) {
+            (Some(view), rest) => of_namespace(instance, &view, rest, asked).await,
+            (None, ["status"]) if get => status::absent(instance, name),
+            (None, _) => Err(unknown(name)),
+        },
         _ => Err(no_route(&asked.method, &path)),
     }
 }

@@ -10,7 +10,10 @@ use crate::ingest::reply::{self, Problem};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
-    info(title = "walflow", description = "One HTTP call makes a write durable; a YAML file per namespace says what happens then."),
+    info(
+        title = "walflow",
+        description = "One HTTP call makes a write durable; a YAML file per namespace says what happens then."
+    ),
     components(schemas(
         crate::ingest::reply::Durable,
         crate::record::TargetKind,
@@ -35,7 +38,9 @@ pub(super) fn docs(rest: &[&str]) -> Answer {
         let page = page.ok().flatten().map(|file| String::from_utf8_lossy(&file.bytes).into_owned());
         // The page names its files relative to itself, and its own address may lack the last slash.
         let page = page.map(|page| page.replace("\"./", "\"/api/docs/"));
-        return page.map(|page| reply::bytes(StatusCode::OK, "text/html; charset=utf-8", page.into_bytes())).ok_or_else(missing);
+        return page
+            .map(|page| reply::bytes(StatusCode::OK, "text/html; charset=utf-8", page.into_bytes()))
+            .ok_or_else(missing);
     }
     let file = utoipa_swagger_ui::serve(&path, config).ok().flatten().ok_or_else(missing)?;
     let kind = match path.rsplit('.').next() {

@@ -79,7 +79,8 @@ pub(super) async fn body(asked: &mut Asked) -> Result<Value, Problem> {
     if bytes.is_empty() {
         return Ok(Value::Object(serde_json::Map::new()));
     }
-    let value: Value = serde_json::from_slice(&bytes).map_err(|error| Problem::malformed(format!("the body is not JSON: {error}")))?;
+    let value: Value =
+        serde_json::from_slice(&bytes).map_err(|error| Problem::malformed(format!("the body is not JSON: {error}")))?;
     if value.is_object() {
         Ok(value)
     } else {

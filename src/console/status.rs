@@ -38,7 +38,13 @@ pub(super) fn health(instance: &dyn Instance) -> warp::reply::Response {
     let fine = absent.is_empty() && views.iter().all(|view| view.config == ConfigState::Current);
     let mut namespaces: Vec<Value> = views.iter().map(brief).collect();
     namespaces.extend(absent.iter().map(brief_absent));
-    let status = if !readiness.ready { "stopping" } else if fine { "ok" } else { "degraded" };
+    let status = if !readiness.ready {
+        "stopping"
+    } else if fine {
+        "ok"
+    } else {
+        "degraded"
+    };
     let body = json!({
         "status": status,
         "version": env!("CARGO_PKG_VERSION"),
@@ -111,41 +117,46 @@ pub(super) fn of(instance: &dyn Instance, view: &View) -> Value {
 pub(super) fn branches(instance: &dyn Instance, view: &View) -> Vec<Value> {
     let counts = view.shelf.counts();
     let now = instance.clock().now();
-    let branch = |(name, handle): &(crate::source::BranchName, std::sync::Arc<crate::pipeline::branch::BranchHandle>)| {
-        let lag = view.log.lag(name);
-        let aside = counts.aside.iter().find(|(branch, _)| branch == name).map_or(0, |(_, rows)| *rows);
-        let dead = counts.dead.iter().find(|(branch, ..)| branch == name).map_or((0, 0), |(_, letters, bytes)| (*letters, *bytes));
-        let plan = handle.plan();
-        let (status, counters) = (handle.board().status(), &handle.board().counters);
-        let declared = view.plan.branches.iter().any(|branch| branch.name == *name);
-        let state = match (&status.pause, declared) {
-            (Some(_), _) => "paused",
-            (None, false) => "draining",
-            (None, true) => "running",
+    let branch =
+        |(name, handle): &(crate::source::BranchName, std::sync::Arc<crate::pipeline::branch::BranchHandle>)| {
+            let lag = view.log.lag(name);
+            let aside = counts.aside.iter().find(|(branch, _)| branch == name).map_or(0, |(_, rows)| *rows);
+            let dead = counts
+                .dead
+                .iter()
+                .find(|(branch, ..)| branch == name)
+                .map_or((0, 0), |(_, letters, bytes)| (*letters, *bytes));
+            let plan = handle.plan();
+            let (status, counters) = (handle.board().status(), &handle.board().counters);
+            let declared = view.plan.branches.iter().any(|branch| branch.name == *name);
+            let state = match (&status.pause, declared) {
+                (Some(_), _) => "paused",
+                (None, false) => "draining",
+                (None, true) => "running",
+            };
+            json!({
+                "name": name,
+                "sink": plan.sink,
+                "region": plan.region,
+                "state": state,
+                "pause": status.pause,
+                "cursor": lag.cursor,
+                "lagRecords": lag.records,
+                "lagBytes": lag.bytes,
+                "lagSeconds": lag.oldest.map_or(0.0, |oldest| now.since(oldest).as_secs_f64()),
+                "inFlight": status.in_flight,
+                "setAside": aside,
+                "keysSetAside": status.lanes_aside,
+                "deadLetters": dead.0,
+                "deadLetterBytes": dead.1,
+                "delivered": counters.delivered.load(Ordering::Relaxed),
+                "dropped": counters.dropped.load(Ordering::Relaxed),
+                "retried": counters.retried.load(Ordering::Relaxed),
+                "lastError": status.last_error,
+                "lastErrorAt": status.last_error_at,
+                "lastDeliveredAt": status.last_delivered_at,
+            })
         };
-        json!({
-            "name": name,
-            "sink": plan.sink,
-            "region": plan.region,
-            "state": state,
-            "pause": status.pause,
-            "cursor": lag.cursor,
-            "lagRecords": lag.records,
-            "lagBytes": lag.bytes,
-            "lagSeconds": lag.oldest.map_or(0.0, |oldest| now.since(oldest).as_secs_f64()),
-            "inFlight": status.in_flight,
-            "setAside": aside,
-            "keysSetAside": status.lanes_aside,
-            "deadLetters": dead.0,
-            "deadLetterBytes": dead.1,
-            "delivered": counters.delivered.load(Ordering::Relaxed),
-            "dropped": counters.dropped.load(Ordering::Relaxed),
-            "retried": counters.retried.load(Ordering::Relaxed),
-            "lastError": status.last_error,
-            "lastErrorAt": status.last_error_at,
-            "lastDeliveredAt": status.last_delivered_at,
-        })
-    };
     view.branches.iter().map(branch).collect()
 }
 

@@ -41,6 +41,11 @@ impl Budget {
         Arc::new(Self { bytes: AtomicU64::new(0), limit, rate: rate.map(bucket) })
     }
 
+    /// Whether it is a budget of these bounds.
+    pub fn is(&self, limit: u64, rate: Option<f64>) -> bool {
+        self.limit == limit && self.rate.as_ref().map(|bucket| bucket.lock().rate.to_bits()) == rate.map(f64::to_bits)
+    }
+
     /// Bytes under way.
     pub fn held(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)

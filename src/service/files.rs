@@ -68,7 +68,9 @@ impl Files {
             let plan = match (made.plan, made.diagnostics.iter().find(|problem| problem.is_error())) {
                 (Some(plan), None) => Ok(Arc::new(plan)),
                 (_, Some(problem)) => Err(Arc::new(problem.clone())),
-                (None, None) => Err(Arc::new(Diagnostic::of_file(Code::Refused, loaded.text.name(), "it gives no plan"))),
+                (None, None) => {
+                    Err(Arc::new(Diagnostic::of_file(Code::Refused, loaded.text.name(), "it gives no plan")))
+                }
             };
             reading.problems.extend(made.diagnostics);
             match (self.name_of(loaded), plan) {
@@ -84,7 +86,11 @@ impl Files {
         }
         if reading.nameless.is_none() {
             // A path that leads nowhere may have held any of the namespaces that are missing now.
-            reading.nameless = reading.problems.iter().find(|problem| problem.namespace.is_none() && problem.is_error()).map(|problem| Arc::new(problem.clone()));
+            reading.nameless = reading
+                .problems
+                .iter()
+                .find(|problem| problem.namespace.is_none() && problem.is_error())
+                .map(|problem| Arc::new(problem.clone()));
         }
         reading.found = by_name.into_iter().map(|(namespace, plan)| Found { namespace, plan }).collect();
         reading

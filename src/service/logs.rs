@@ -11,15 +11,13 @@ use parking_lot::Mutex;
 
 use super::ServiceError;
 use crate::clock::Clock;
-use crate::pipeline::plan::{Plan, SourceKind};
+use crate::pipeline::plan::Plan;
 use crate::record::Namespace;
-use crate::source::embedded::{Embedded, NamespaceSettings, OpenError, Options};
 use crate::source::memory::Memory;
-use crate::source::{Epoch, Log, LogError, Shelf};
+use crate::source::{Log, LogError, Shelf};
 
 /// Every log of the instance.
 pub(super) struct Logs {
-    embedded: Arc<Embedded>,
     memory: Mutex<BTreeMap<Namespace, Arc<Memory>>>,
     clock: Clock,
 }
@@ -32,43 +30,42 @@ pub(super) struct Opened {
 
 impl Logs {
     /// Opens the folder and repairs what the last stop left behind.
-    pub(super) async fn open(data: &Path, clock: Clock) -> Result<Self, ServiceError> {
-        let folder = data.to_path_buf();
-        let options = Options::new(folder.clone(), clock.clone());
-        let opened = tokio::task::spawn_blocking(move || Embedded::open(options)).await;
-        let failed = |reason: String| ServiceError::Log { data: folder.clone(), reason };
-        match opened {
-            Ok(Ok(embedded)) => Ok(Self { embedded, memory: Mutex::default(), clock }),
-            Ok(Err(error @ OpenError::Held { .. })) => Err(ServiceError::Held { reason: error.to_string() }),
-            Ok(Err(error)) => Err(failed(error.to_string())),
-            Err(panic) => Err(failed(panic.to_string())),
-        }
+    #[expect(clippy::unused_async, reason = "the embedded log waits for its files")]
+    pub(super) async fn open(_data: &Path, clock: Clock) -> Result<Self, ServiceError> {
+        Ok(Self { memory: Mutex::default(), clock })
     }
 
     /// The namespaces that the embedded log holds.
     pub(super) fn names(&self) -> Vec<Namespace> {
-        self.embedded.namespace_names()
+        self.memory.lock().keys().cloned().collect()
     }
 
-    /// Whether the log holds this namespace already.
-    pub(super) fn knows(&self, name: &Namespace) -> bool {
-        self.names().contains(name)
+    /// The pair of a namespace; `plan` gives its bounds, the last ones hold where there is none.
+    pub(super) fn namespace(&self, name: &Namespace, _plan: Option<&Plan>) -> Result<Opened, LogError> {
+        let mut memory = self.memory.lock();
+        let number = u32::try_from(memory.len() + 1).unwrap_or(u32::MAX);
+        let pair = memory.entry(name.clone()).or_insert_with(|| Memory::new(number, self.clock.clone()));
+        Ok(Opened { log: Arc::clone(pair) as Arc<dyn Log>, shelf: Arc::clone(pair) as Arc<dyn Shelf> })
     }
 
-    /// The pair of a plan's namespace, with the plan's bounds.
-    pub(super) fn namespace(&self, plan: &Plan) -> Result<Opened, LogError> {
-        let source = &plan.source;
-        let settings = NamespaceSettings::default();
-        match source.kind {
-            SourceKind::Embedded => {
-                let pair = self.embedded.namespace(&plan.namespace, settings)?;
-                Ok(Opened { log: Arc::clone(&pair) as Arc<dyn Log>, shelf: pair })
-            }
-            SourceKind::Memory => {
-                let mut memory = self.memory.lock();
-                let pair = memory.entry(plan.namespace.clone()).or_insert_with(|| Memory::new(self.clock.clone()));
-                Ok(Opened { log: Arc::clone(pair) as Arc<dyn Log>, shelf: Arc::clone(pair) as Arc<dyn Shelf> })
-            }
-        }
+    /// Deletes a namespace with all that it holds.
+    #[expect(clippy::unused_async, reason = "the embedded log waits for its files")]
+    pub(super) async fn delete(&self, name: &Namespace) -> Result<(), LogError> {
+        self.memory.lock().remove(name);
+        Ok(())
     }
+
+    /// What durable means here.
+    pub(super) fn durable(&self) -> Vec<String> {
+        vec!["embedded: on this machine's disk, synced before the answer".to_owned()]
+    }
+
+    /// Waits until the log has failed for good; gives why.
+    pub(super) async fn fenced(&self) -> String {
+        std::future::pending().await
+    }
+
+    /// Makes everything durable and lets the folder go.
+    #[expect(clippy::unused_async, reason = "the embedded log waits for its files")]
+    pub(super) async fn close(&self) {}
 }

@@ -5,17 +5,20 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use parking_lot::Mutex;
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::logs::Opened;
 use crate::clock::Clock;
+use crate::ingest::{Budget, Inlet, Outlet};
+use crate::pipeline::branch::{BranchDeps, BranchHandle, OpenSink};
 use crate::pipeline::plan::{BranchPlan, Plan};
 use crate::pipeline::revisions::Revisions;
-use crate::pipeline::task::{Branch, BranchHandle};
-use crate::record::{Namespace, Position};
+use crate::record::Namespace;
+use crate::sink;
 use crate::source::{BranchName, Epoch, Log, LogError, Shelf, Start};
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::sink::StartSpec;
@@ -38,7 +41,9 @@ pub(super) struct Pipeline {
     pub(super) shelf: Arc<dyn Shelf>,
     pub(super) revisions: Arc<Revisions>,
     clock: Clock,
-    running: CancellationToken,
+    open_sink: OpenSink,
+    /// The way in, as the plan in force has it.
+    inlet: ArcSwap<Inlet>,
     state: Mutex<State>,
     /// Held while branches come and go, so that two reloads never mix.
     changing: tokio::sync::Mutex<()>,
@@ -59,19 +64,20 @@ impl Pipeline {
         plan: Arc<Plan>,
         config: Config,
         clock: Clock,
-        running: &CancellationToken,
     ) -> Result<Self, LogError> {
         let revisions = Arc::new(Revisions::new(Arc::clone(&opened.log)));
         for (number, plan) in earlier {
             revisions.publish(number, plan);
         }
+        let inlet = inlet(&plan, &opened.log, &clock, None);
         let pipeline = Self {
             namespace,
             log: opened.log,
             shelf: opened.shelf,
             revisions,
             clock,
-            running: running.child_token(),
+            open_sink: Arc::new(|kind, context| sink::open(kind, context).map_err(|error| error.to_string().into())),
+            inlet: ArcSwap::from_pointee(inlet),
             state: Mutex::new(State { plan: Arc::clone(&plan), config: config.clone(), branches: BTreeMap::new() }),
             changing: tokio::sync::Mutex::new(()),
         };
@@ -89,14 +95,16 @@ impl Pipeline {
             state.plan = Arc::clone(&plan);
             state.config = config;
         }
-        for name in &plan.retired {
+        let budget = Arc::clone(&self.inlet.load().budget);
+        self.inlet.store(Arc::new(inlet(&plan, &self.log, &self.clock, Some(budget))));
+        for name in self.log.branches().iter().filter(|name| is_retired(&plan, name)) {
             self.end(name).await?;
         }
         for branch in &plan.branches {
             self.take_over(branch).await?;
             let running = self.state.lock().branches.get(&branch.name).cloned();
             if let Some(handle) = running {
-                handle.update(Arc::clone(branch));
+                handle.update(Arc::clone(branch)).await;
             } else {
                 self.open(Arc::clone(branch), self.start_of(branch, &epoch)).await?;
             }
@@ -149,7 +157,7 @@ impl Pipeline {
         };
         let epochs = self.log.epochs();
         let first = epochs.iter().rev().take_while(|epoch| has(epoch.number)).last();
-        Start::After(first.map_or(epoch.after, |first| first.after).max(Position(0)))
+        Start::After(first.map_or(epoch.after, |first| first.after))
     }
 
     /// Carries on under a new name what `was:` names.
@@ -167,17 +175,18 @@ impl Pipeline {
 
     async fn open(&self, plan: Arc<BranchPlan>, start: Start) -> Result<(), LogError> {
         let name = plan.name.clone();
-        let found = self.log.open_branch(&name, start).await?;
-        let handle = Branch {
+        // Before anything is written: what comes from here on is this branch's too.
+        drop(self.log.open_branch(&name, start).await?);
+        let deps = BranchDeps {
             namespace: self.namespace.clone(),
             log: Arc::clone(&self.log),
             shelf: Arc::clone(&self.shelf),
             revisions: Arc::clone(&self.revisions),
-            plan,
+            open_sink: Arc::clone(&self.open_sink),
             clock: self.clock.clone(),
-        }
-        .start(found);
-        self.state.lock().branches.insert(name, Arc::new(handle));
+            start,
+        };
+        self.state.lock().branches.insert(name, Arc::new(BranchHandle::start(deps, plan)));
         Ok(())
     }
 
@@ -189,10 +198,13 @@ impl Pipeline {
                 continue;
             }
             let plans = self.revisions.known();
-            let last = plans.values().rev().find_map(|plan| plan.branches.iter().find(|branch| branch.name == name).cloned());
+            let last =
+                plans.values().rev().find_map(|plan| plan.branches.iter().find(|branch| branch.name == name).cloned());
             match last {
                 Some(branch) => self.open(branch, Start::Latest).await?,
-                None => warn!(ns = %self.namespace, branch = %name, "no file that is kept has this branch; what it holds waits for one"),
+                None => {
+                    warn!(ns = %self.namespace, branch = %name, "no file that is kept has this branch; what it holds waits for one")
+                }
             }
         }
         Ok(())
@@ -242,14 +254,51 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Lets what is under way end, and stops reading. The caller bounds the wait.
-    pub(super) async fn drain(&self) {
+    /// Lets what is under way end, and stops reading; gives up at `patience`.
+    pub(super) async fn drain(&self, patience: Duration) {
         let branches = self.branches();
-        futures::future::join_all(branches.iter().map(|(_, handle)| handle.drain())).await;
+        futures::future::join_all(branches.iter().map(|(_, handle)| handle.drain(patience))).await;
     }
 
     /// Ends every branch where it is.
-    pub(super) fn cancel(&self) {
-        self.running.cancel();
+    pub(super) async fn stop(&self) {
+        let branches = std::mem::take(&mut self.state.lock().branches);
+        futures::future::join_all(branches.values().map(|handle| handle.stop())).await;
+    }
+
+    /// The way in.
+    pub(super) fn inlet(&self) -> Arc<Inlet> {
+        self.inlet.load_full()
+    }
+}
+
+/// `retired:` names a branch, or a sink or region of which all branches end.
+fn is_retired(plan: &Plan, name: &BranchName) -> bool {
+    let kept = plan.branches.iter().any(|branch| branch.name == *name);
+    let (sink, region) = name.as_str().split_once('@').unwrap_or((name.as_str(), ""));
+    !kept && plan.retired.iter().any(|retired| [name.as_str(), sink, region].contains(&retired.as_str()))
+}
+
+/// The way in by a plan. Bytes under way stay counted over a change.
+fn inlet(plan: &Plan, log: &Arc<dyn Log>, clock: &Clock, budget: Option<Arc<Budget>>) -> Inlet {
+    let source = &plan.source;
+    let (limit, rate) = (source.limits.in_flight.0, source.limits.rate.map(|rate| rate.per_second()));
+    let outlet = |branch: &Arc<BranchPlan>| Outlet {
+        sink: Arc::clone(&branch.sink),
+        region: branch.region.clone(),
+        kind: branch.target,
+    };
+    Inlet {
+        namespace: plan.namespace.clone(),
+        log: Arc::clone(log),
+        delay: plan.delay.clone(),
+        schema: source.schema.clone(),
+        key: source.key.clone(),
+        idempotency: source.idempotency.from.as_deref().map(Into::into),
+        record_bytes: source.limits.record.0,
+        budget: budget.filter(|budget| budget.is(limit, rate)).unwrap_or_else(|| Budget::new(limit, rate)),
+        origin: plan.origin.clone(),
+        outlets: plan.branches.iter().map(outlet).collect(),
+        clock: clock.clone(),
     }
 }

@@ -4,6 +4,7 @@
 //! what a file means: that was done when it was read.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::files::{Files, Found, Reading};
 use super::logs::Logs;
 use super::pipeline::{Config, Pipeline};
 use crate::clock::Clock;
+use crate::console::DeleteError;
 use crate::pipeline::plan::Plan;
 use crate::record::Namespace;
 use crate::source::{Epoch, LogError};
@@ -37,6 +39,15 @@ pub(super) enum Absent {
     Failed(Arc<str>),
 }
 
+impl fmt::Display for Absent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Broken(problem) => write!(f, "its pipeline file has never been good: {}", problem.short()),
+            Self::Failed(reason) => write!(f, "it could not be started: {reason}"),
+        }
+    }
+}
+
 /// All namespaces.
 pub(super) struct Pipelines {
     pub(super) logs: Logs,
@@ -47,17 +58,6 @@ pub(super) struct Pipelines {
     absent: RwLock<BTreeMap<Namespace, Absent>>,
     ready: AtomicBool,
     applying: tokio::sync::Mutex<()>,
-}
-
-/// Why a namespace was not deleted.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum DeleteError {
-    #[error("there is no namespace `{0}`")]
-    Unknown(String),
-    #[error("the pipeline file of `{0}` is still there: delete it and reload first, so that no write can come between")]
-    InUse(Namespace),
-    #[error(transparent)]
-    Log(#[from] LogError),
 }
 
 impl Pipelines {
@@ -79,10 +79,16 @@ impl Pipelines {
     pub(super) async fn apply(self: &Arc<Self>, reading: Reading) {
         let _applying = self.applying.lock().await;
         let mut names: BTreeSet<Namespace> = reading.found.iter().map(|found| found.namespace.clone()).collect();
+        let nameless = reading.nameless;
         let mut work: Vec<(Namespace, Option<Found>)> =
             reading.found.into_iter().map(|found| (found.namespace.clone(), Some(found))).collect();
         let known = self.set.read().keys().cloned().chain(self.logs.names()).collect::<BTreeSet<_>>();
-        work.extend(known.into_iter().filter(|name| names.insert(name.clone())).map(|name| (name, None)));
+        for name in known.into_iter().filter(|name| names.insert(name.clone())) {
+            // A file of which nobody can say whose it is may be this one's: then it is broken, not gone.
+            let found =
+                nameless.as_ref().map(|problem| Found { namespace: name.clone(), plan: Err(Arc::clone(problem)) });
+            work.push((name, found));
+        }
         self.absent.write().retain(|name, _| names.contains(name));
         futures::stream::iter(work)
             .for_each_concurrent(AT_ONCE, |(name, found)| {
@@ -102,6 +108,15 @@ impl Pipelines {
                 }
             })
             .await;
+    }
+
+    /// Reads the files again and makes what they say so.
+    pub(super) async fn reload(self: &Arc<Self>) {
+        let this = Arc::clone(self);
+        let Ok(reading) = tokio::task::spawn_blocking(move || this.files.read()).await else { return };
+        reading.report();
+        self.apply(reading).await;
+        info!(namespaces = self.all().len(), "read the pipeline files again");
     }
 
     /// One namespace: `found` is what its file says now, `None` = the file is gone.
@@ -128,32 +143,26 @@ impl Pipelines {
             Config::Stale(problem) => Some(Absent::Broken(Arc::clone(problem))),
             Config::Current | Config::Deleted => None,
         };
-        if plan.is_none() && !self.logs.knows(&name) {
+        let gone = |this: &Self| {
             if let Some(absent) = never(&config) {
-                self.absent.write().insert(name, absent);
+                this.absent.write().insert(name.clone(), absent);
             }
-            return Ok(());
-        }
-        let epochs = self.logs.epochs(&name).await?;
-        let mut earlier = self.earlier(&name, &epochs);
-        let plan = match plan.or_else(|| earlier.last().map(|(_, plan)| Arc::clone(plan))) {
-            Some(plan) => plan,
-            None => {
-                if let Some(absent) = never(&config) {
-                    self.absent.write().insert(name, absent);
-                }
-                return Ok(());
-            }
+            Ok(())
         };
+        if plan.is_none() && !self.logs.names().contains(&name) {
+            return gone(self);
+        }
+        let opened = self.logs.namespace(&name, plan.as_deref())?;
+        let epochs = opened.log.epochs();
+        let mut earlier = self.earlier(&name, &epochs);
+        let Some(plan) = plan.or_else(|| earlier.last().map(|(_, plan)| Arc::clone(plan))) else { return gone(self) };
         // Who met an epoch without a plan would wait for ever: what cannot be made any more goes by the newest.
         for epoch in &epochs {
             if !earlier.iter().any(|(number, _)| *number == epoch.number) {
                 earlier.push((epoch.number, Arc::clone(&plan)));
             }
         }
-        let opened = self.logs.open_namespace(&plan).await?;
-        let pipeline =
-            Pipeline::start(name.clone(), opened, earlier, plan, config, self.clock.clone(), &self.running).await?;
+        let pipeline = Pipeline::start(name.clone(), opened, earlier, plan, config, self.clock.clone()).await?;
         self.absent.write().remove(&name);
         self.set.write().insert(name, Arc::new(pipeline));
         Ok(())
@@ -165,7 +174,9 @@ impl Pipelines {
         for epoch in epochs {
             match self.files.restore(&epoch.files) {
                 Ok(plan) => plans.push((epoch.number, plan)),
-                Err(problem) => warn!(ns = %name, epoch = epoch.number, problem = problem.short(), "an earlier revision cannot be read any more; its records go by the newest"),
+                Err(problem) => {
+                    warn!(ns = %name, epoch = epoch.number, problem, "an earlier revision cannot be read any more; its records go by the newest")
+                }
             }
         }
         plans
@@ -200,7 +211,6 @@ impl Pipelines {
         if !matches!(pipeline.config(), Config::Deleted) {
             return Err(DeleteError::InUse(name));
         }
-        pipeline.cancel();
         pipeline.stop().await;
         self.logs.delete(&name).await?;
         self.set.write().remove(&name);
@@ -231,11 +241,9 @@ impl Pipelines {
 
     /// Lets what is under way end, at most until `patience` has passed, then ends the rest where it is.
     pub(super) async fn drain(&self, patience: Duration) {
-        let all = self.all();
-        let drained = futures::future::join_all(all.iter().map(|pipeline| pipeline.drain()));
-        if tokio::time::timeout(patience, drained).await.is_err() {
-            warn!("some branches did not end in time; the log keeps what they had not delivered");
-        }
         self.running.cancel();
+        let all = self.all();
+        futures::future::join_all(all.iter().map(|pipeline| pipeline.drain(patience))).await;
+        futures::future::join_all(all.iter().map(|pipeline| pipeline.stop())).await;
     }
 }

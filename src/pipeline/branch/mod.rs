@@ -75,7 +75,9 @@ pub struct BranchHandle {
     plan: ArcSwap<BranchPlan>,
     board: Arc<Board>,
     commands: mpsc::Sender<Command>,
-    task: JoinHandle<()>,
+    task: tokio::sync::Mutex<JoinHandle<()>>,
+    /// Ends the task when the handle is dropped, whoever waits for it.
+    abort: tokio::task::AbortHandle,
 }
 
 impl BranchHandle {
@@ -84,7 +86,8 @@ impl BranchHandle {
         let board = Arc::new(Board::default());
         let (commands, receiver) = mpsc::channel(16);
         let task = tokio::spawn(keep_running(deps, Arc::clone(&plan), Arc::clone(&board), receiver));
-        Self { plan: ArcSwap::new(plan), board, commands, task }
+        let abort = task.abort_handle();
+        Self { plan: ArcSwap::new(plan), board, commands, task: tokio::sync::Mutex::new(task), abort }
     }
 
     /// Its name.
@@ -127,17 +130,29 @@ impl BranchHandle {
     }
 
     /// Stops reading, waits for what is under way, settles, and ends; gives up waiting at the deadline.
-    pub async fn drain(mut self, deadline: Duration) {
-        let asked = tokio::time::timeout(deadline, self.commands.send(Command::Drain)).await;
-        if asked.is_ok() {
-            let _ = tokio::time::timeout(deadline, &mut self.task).await;
+    pub async fn drain(&self, deadline: Duration) {
+        let drained = async {
+            let _ = self.commands.send(Command::Drain).await;
+            let _ = (&mut *self.task.lock().await).await;
+        };
+        if tokio::time::timeout(deadline, drained).await.is_err() {
+            self.abort.abort();
+        }
+    }
+
+    /// Ends at once; what was under way is sent again at the next start.
+    pub async fn stop(&self) {
+        self.abort.abort();
+        let mut task = self.task.lock().await;
+        if !task.is_finished() {
+            let _ = (&mut *task).await;
         }
     }
 }
 
 impl Drop for BranchHandle {
     fn drop(&mut self) {
-        self.task.abort();
+        self.abort.abort();
     }
 }
 
