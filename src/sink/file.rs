@@ -1,19 +1,21 @@
 //! `file`: each record as one line of an NDJSON file, synced before it counts as delivered.
+//!
+//! A line is the payload's own bytes; JSON that stands on several lines is put on one, a payload that is not JSON is a JSON
+//! string in base64. Folders are made as needed. Never follows a value out of the literal folder, never keeps more than a
+//! few files open, never rewrites a line: after a failure a line may stand twice.
 
-use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use futures::FutureExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, FutureExt};
+use indexmap::IndexMap;
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::template::Template;
-use super::{BatchStyle, Failure, Operation, Sink, Verdict, Written};
+use super::lines::{FileError, OpenFiles};
+use super::template::{Scope, Template};
+use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, json};
 
 /// `file:` — each record's payload as one line; synced before it counts as delivered.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -23,103 +25,221 @@ pub struct FileSpec {
     pub path: String,
 }
 
-/// Files kept open; more are closed and opened again.
-const MOST_OPEN: usize = 32;
+/// What cannot work in a file's settings.
+pub(super) fn check(spec: &FileSpec) -> Vec<SpecFault> {
+    let template = match Template::parse(&spec.path) {
+        Ok(template) => template,
+        Err(error) => {
+            return vec![SpecFault::new("/path", error.to_string(), "out/{payload.kind}.ndjson, for example")];
+        }
+    };
+    let help = "begin with a folder or name of its own: out/{payload.kind}.ndjson";
+    let mut faults = Vec::new();
+    let prefix = template.literal_prefix().trim_start_matches(['.', '/']);
+    if prefix.is_empty() {
+        faults.push(SpecFault::new("/path", "the path begins with no literal folder or name", help));
+    } else if template.is_literal() && spec.path.ends_with('/') {
+        faults.push(SpecFault::new("/path", "the path names a folder, not a file", "out/records.ndjson, for example"));
+    }
+    if spec.path.contains('\0') {
+        faults.push(SpecFault::new("/path", "the path holds a zero byte", help));
+    }
+    faults
+}
 
-/// NDJSON files under one template.
-pub struct Files {
+/// Lines in files that a template names.
+pub struct FileSink {
     path: Template,
-    open: Arc<Mutex<BTreeMap<String, File>>>,
+    context: SinkContext,
+    files: Arc<Mutex<OpenFiles>>,
 }
 
-impl Files {
-    /// Opens nothing yet.
-    pub fn new(spec: &FileSpec) -> Self {
-        Self { path: Template::new(&spec.path), open: Arc::default() }
+/// What a batch means for the disk: lines by file, in the order in which files come first.
+#[derive(Default)]
+struct Prepared {
+    files: IndexMap<PathBuf, Lines>,
+    refused: Option<(usize, Failure)>,
+}
+
+/// The lines of one file.
+#[derive(Default)]
+struct Lines {
+    first: usize,
+    ends: Vec<(usize, usize)>,
+    bytes: Vec<u8>,
+}
+
+impl Lines {
+    /// The lines of the operations before `index`.
+    fn before(&self, index: usize) -> &[u8] {
+        let end = self.ends.iter().take_while(|(at, _)| *at < index).last().map_or(0, |(_, end)| *end);
+        self.bytes.get(..end).unwrap_or(&self.bytes)
     }
 }
 
-/// Adds a payload as one line: JSON over several lines is written on one, anything else as it is.
-pub(super) fn put_line(lines: &mut Vec<u8>, payload: &[u8]) {
-    if payload.contains(&b'\n') {
-        // Between tokens a line end is white space; within a text JSON has none.
-        lines.extend(payload.iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }));
-    } else {
-        lines.extend_from_slice(payload);
+impl FileSink {
+    /// Opens nothing yet: files are opened when a record names them.
+    ///
+    /// # Errors
+    /// When the path is no template.
+    pub fn open(spec: &FileSpec, context: &SinkContext) -> Result<Self, OpenError> {
+        let path = Template::parse(&spec.path).map_err(|error| OpenError::Setting {
+            kind: "file",
+            pointer: "/path".into(),
+            message: error.message,
+        })?;
+        Ok(Self { path, context: context.clone(), files: Arc::default() })
     }
-    lines.push(b'\n');
-}
 
-#[expect(clippy::disallowed_methods, reason = "a target's file is not one of the log's")]
-fn open(path: &str) -> io::Result<File> {
-    let folder = Path::new(path).parent().filter(|folder| !folder.as_os_str().is_empty());
-    if let Some(folder) = folder {
-        std::fs::create_dir_all(folder)?;
-    }
-    let mut file = OpenOptions::new().create(true).append(true).read(true).open(path)?;
-    if file.seek(SeekFrom::End(0))? > 0 {
-        // A line that a crash cut short is closed, so that the next one stands alone.
-        file.seek(SeekFrom::End(-1))?;
-        let mut last = [0];
-        file.read_exact(&mut last)?;
-        if last != *b"\n" {
-            file.write_all(b"\n")?;
+    fn prepare(&self, batch: &[Operation]) -> Prepared {
+        let mut prepared = Prepared::default();
+        for (index, operation) in batch.iter().enumerate() {
+            let path = match self.path.render_path(&Scope::new(operation, &self.context)) {
+                Ok(path) => self.context.folder.join(path),
+                Err(error) => {
+                    prepared.refused = Some((index, error.into()));
+                    return prepared;
+                }
+            };
+            let lines = prepared.files.entry(path).or_insert_with(|| Lines { first: index, ..Lines::default() });
+            let payload = operation.event.payload();
+            if operation.event.record.binary {
+                lines.bytes.extend_from_slice(&json::base64_text(payload));
+            } else {
+                lines.bytes.extend_from_slice(&json::one_line(payload));
+            }
+            lines.bytes.push(b'\n');
+            lines.ends.push((index, lines.bytes.len()));
         }
+        prepared
     }
-    file.sync_all()?;
-    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
-    Ok(file)
 }
 
-fn append(files: &Mutex<BTreeMap<String, File>>, path: &str, lines: &[u8]) -> io::Result<()> {
-    let mut files = files.lock();
-    if !files.contains_key(path) {
-        if files.len() >= MOST_OPEN {
-            files.pop_first();
-        }
-        files.insert(path.to_owned(), open(path)?);
-    }
-    let Some(file) = files.get_mut(path) else { return Ok(()) };
-    let written = file.write_all(lines).and_then(|()| file.sync_data());
-    if written.is_err() {
-        // After a failed sync nobody knows what the file holds: the next try opens it anew.
-        files.remove(path);
-    }
-    written
-}
-
-impl Sink for Files {
+impl Sink for FileSink {
     fn batch_style(&self) -> BatchStyle {
-        BatchStyle::Atomic
+        BatchStyle::StopsAtFirstFailure
     }
 
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
         async move {
-            let mut by_path: BTreeMap<String, (Vec<u8>, Vec<usize>)> = BTreeMap::new();
-            let mut written = Written::default();
-            for (index, operation) in batch.iter().enumerate() {
-                match self.path.path(operation, "file") {
-                    Ok(path) => {
-                        let (lines, indexes) = by_path.entry(path).or_default();
-                        put_line(lines, operation.event.payload());
-                        indexes.push(index);
-                    }
-                    Err(failure) => written.failed.push((index, failure)),
-                }
-            }
-            for (path, (lines, indexes)) in by_path {
-                let (files, name) = (Arc::clone(&self.open), path.clone());
-                let result = tokio::task::spawn_blocking(move || append(&files, &name, &lines)).await;
-                let failure = match result {
-                    Ok(Ok(())) => continue,
-                    Ok(Err(error)) => Failure::new(Verdict::Down, format!("{path}: {error}")),
-                    Err(_) => Failure::new(Verdict::Down, format!("{path}: the write was given up")),
-                };
-                written.failed.extend(indexes.into_iter().map(|index| (index, failure.clone())));
-            }
-            written.failed.sort_by_key(|(index, _)| *index);
-            written
+            let prepared = self.prepare(batch);
+            let files = self.files.clone();
+            let literal = self.path.is_literal();
+            let written = tokio::task::spawn_blocking(move || put(&files, prepared, literal)).await;
+            let failed = written.unwrap_or_else(|_| Some((0, Failure::new(Verdict::Down, "the write was stopped"))));
+            Written { failed: failed.into_iter().collect() }
         }
         .boxed()
+    }
+}
+
+/// Writes and syncs; gives the first operation that failed.
+fn put(files: &Mutex<OpenFiles>, prepared: Prepared, literal: bool) -> Option<(usize, Failure)> {
+    let mut files = files.lock();
+    let mut failed = prepared.refused;
+    // A file that cannot be opened is found before anything is written, so that nothing behind it is written twice.
+    for (path, lines) in &prepared.files {
+        if let Err(error) = files.open(path) {
+            let earlier = failed.as_ref().is_some_and(|(index, _)| *index < lines.first);
+            if !earlier {
+                failed = Some((lines.first, judge(path, &error, literal)));
+            }
+            break;
+        }
+    }
+    let end = failed.as_ref().map_or(usize::MAX, |(index, _)| *index);
+    for (path, lines) in prepared.files.iter().filter(|(_, lines)| lines.first < end) {
+        if let Err(error) = files.append(path, lines.before(end)) {
+            return Some((lines.first, judge(path, &error, literal)));
+        }
+    }
+    failed
+}
+
+/// What a file's error means: an outage of the disk, or a record whose values name a file that cannot be.
+fn judge(path: &Path, error: &FileError, literal: bool) -> Failure {
+    let verdict = if error.is_about_the_name() && !literal { Verdict::Never } else { Verdict::Down };
+    Failure::new(verdict, format!("{}: {error}", path.display().to_string().escape_debug()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::testing::{context, operation, operation_with};
+
+    fn sink(folder: &Path, path: &str) -> FileSink {
+        let context = SinkContext { folder: folder.to_owned(), ..context() };
+        FileSink::open(&FileSpec { path: path.to_owned() }, &context).unwrap()
+    }
+
+    fn read(folder: &Path, name: &str) -> String {
+        std::fs::read_to_string(folder.join(name)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn payloads_arrive_as_lines_in_the_file_that_they_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let sink = sink(folder.path(), "out/deep/{payload.kind}.ndjson");
+        let batch = [
+            operation(r#"{ "kind":"a", "n":1.10 }"#),
+            operation("{\n  \"kind\": \"../b\",\n  \"t\": \"x\\ny\"\n}"),
+            operation(r#"{"kind":"a"}"#),
+        ];
+        assert!(sink.write(&batch).await.failed.is_empty());
+        assert_eq!(read(folder.path(), "out/deep/a.ndjson"), "{ \"kind\":\"a\", \"n\":1.10 }\n{\"kind\":\"a\"}\n");
+        assert_eq!(read(folder.path(), "out/deep/%2E.%2Fb.ndjson"), "{\"kind\":\"../b\",\"t\":\"x\\ny\"}\n");
+    }
+
+    #[tokio::test]
+    async fn bytes_that_are_no_json_become_a_json_string() {
+        let folder = tempfile::tempdir().unwrap();
+        let sink = sink(folder.path(), "a.ndjson");
+        let binary = operation_with("\n\u{0}", |record| record.binary = true);
+        assert!(sink.write(&[binary]).await.failed.is_empty());
+        assert_eq!(read(folder.path(), "a.ndjson"), "\"CgA=\"\n");
+    }
+
+    #[tokio::test]
+    async fn a_record_that_names_no_file_stops_the_batch_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let sink = sink(folder.path(), "{record.namespace}-{payload.kind}.ndjson");
+        let batch = [operation(r#"{"kind":"a"}"#), operation("{}"), operation(r#"{"kind":"a"}"#)];
+        let failed = sink.write(&batch).await.failed;
+        assert_eq!(failed.len(), 1);
+        assert_eq!((failed[0].0, failed[0].1.verdict, failed[0].1.rendering), (1, Verdict::Never, true));
+        assert_eq!(read(folder.path(), "orders-a.ndjson"), "{\"kind\":\"a\"}\n");
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_cannot_be_made_is_an_outage_and_nothing_behind_it_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("out"), "in the way").unwrap();
+        let fixed = sink(folder.path(), "out/a.ndjson");
+        let failed = fixed.write(&[operation("1")]).await.failed;
+        assert_eq!((failed[0].0, failed[0].1.verdict), (0, Verdict::Down));
+        assert!(failed[0].1.message.contains("out/a.ndjson"), "{}", failed[0].1);
+        std::fs::remove_file(folder.path().join("out")).unwrap();
+        assert!(fixed.write(&[operation("1")]).await.failed.is_empty());
+
+        // Here one record's value makes the name impossible: that is the record's fault.
+        std::fs::create_dir(folder.path().join("b.ndjson")).unwrap();
+        let varied = sink(folder.path(), "./{record.namespace:-x}/../{payload.kind}.ndjson");
+        std::fs::create_dir(folder.path().join("orders")).unwrap();
+        let kinds = ["a", "b", "a"].map(|kind| operation(&format!("{{\"kind\":\"{kind}\"}}")));
+        let failed = varied.write(&kinds).await.failed;
+        assert_eq!((failed.len(), failed[0].0, failed[0].1.verdict), (1, 1, Verdict::Never));
+        assert_eq!(read(folder.path(), "a.ndjson"), "{\"kind\":\"a\"}\n");
+    }
+
+    #[test]
+    fn a_path_needs_a_literal_beginning() {
+        let faults = |path: &str| check(&FileSpec { path: path.to_owned() });
+        for wrong in ["", "{payload.a}", "/{payload.a}", "../{key}/x", "out/", "out/{payload"] {
+            assert_eq!(faults(wrong).len(), 1, "{wrong}");
+            assert_eq!(faults(wrong)[0].pointer, "/path");
+        }
+        for fine in ["a.ndjson", "out/{key}", "/var/x/{payload.a}.ndjson", "../out/a"] {
+            assert_eq!(faults(fine), [], "{fine}");
+        }
     }
 }

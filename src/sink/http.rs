@@ -1,24 +1,31 @@
-//! `http`: requests to a URL that the file fixes, one record or one batch each.
+//! `http`: requests to a URL whose scheme and host the file fixes, one record or one batch each.
+//!
+//! Takes operations, gives what the table in `verdict` says of each answer. One by one the body is the payload's own bytes;
+//! with `batch:` they stand untouched in a JSON array or on lines. Every request carries the record's id (`webhook-id`,
+//! `idempotency-key`), the same on each attempt. Never follows a redirect, never uses a proxy that the file does not name,
+//! never shows more of a URL than its host. A connection whose answer did not come in time is closed, so that a retry
+//! never overtakes it on another.
 
-use std::time::Duration;
+mod client;
+mod request;
+mod settings;
+mod sign;
+mod verdict;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
-use futures::FutureExt;
-use futures::future::BoxFuture;
-use hmac::{Hmac, KeyInit as _, Mac as _};
+use std::collections::HashSet;
+
+use futures::future::{BoxFuture, FutureExt};
+use futures::stream::{FuturesUnordered, StreamExt};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
-use secrecy::{ExposeSecret as _, SecretBox};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use sha2::Sha256;
 
-use super::file::put_line;
-use super::template::{self, Template};
-use super::{BatchStyle, Failure, OpenError, Operation, Sink, Verdict, Written};
-use crate::clock::Clock;
+use self::client::Connector;
+use self::request::Requests;
+pub use self::settings::delivered_note;
+pub(super) use self::settings::{check, url_varies};
+pub use self::verdict::{Meaning, Row, TABLE, WITHOUT_STATUS, verdict_table};
+use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, Verdict, Written};
 use crate::units::Span;
 
 /// `http:` — one request a record; with `batch:` one a batch, the body a JSON array or NDJSON.
@@ -75,7 +82,7 @@ pub enum BatchFormat {
 pub struct SignSpec {
     /// The secret, `whsec_…`; several separated by spaces while rotating.
     pub secret: Option<String>,
-    /// A file that holds it.
+    /// A file that holds it, read when the branch starts and when the pipeline is loaded again.
     pub secret_file: Option<String>,
 }
 
@@ -105,256 +112,135 @@ pub enum VerdictSpec {
     Down,
 }
 
-/// A target that speaks HTTP.
-pub struct Http {
-    client: reqwest::Client,
-    method: reqwest::Method,
-    url: Template,
-    headers: Vec<(reqwest::header::HeaderName, Template)>,
-    body: Option<Shape>,
-    batch: Option<BatchFormat>,
-    secrets: Vec<SecretBox<Vec<u8>>>,
-    verdicts: Vec<(u16, VerdictSpec)>,
+/// Requests under way at once for one batch that is sent record by record.
+const AT_ONCE: usize = 8;
+/// Records refused one after the other, none accepted, before the rest of a batch is left for later.
+const REFUSED_IN_A_ROW: usize = 16;
+
+/// An HTTP target.
+pub struct HttpSink {
+    requests: Requests,
+    connector: Connector,
+    batched: bool,
 }
 
-/// A body as the file says it: a JSON value whose texts are templates.
-enum Shape {
-    Text(Template),
-    List(Vec<Shape>),
-    Map(Vec<(String, Shape)>),
-    Plain(Value),
-}
-
-impl Shape {
-    fn new(value: &Value) -> Self {
-        match value {
-            Value::String(text) => Self::Text(Template::new(text)),
-            Value::Array(items) => Self::List(items.iter().map(Self::new).collect()),
-            Value::Object(map) => Self::Map(map.iter().map(|(key, value)| (key.clone(), Self::new(value))).collect()),
-            other => Self::Plain(other.clone()),
-        }
-    }
-
-    fn value(&self, operation: &Operation) -> Result<Value, Failure> {
-        Ok(match self {
-            Self::Text(template) => template.value(operation, "http")?,
-            Self::List(items) => {
-                Value::Array(items.iter().map(|item| item.value(operation)).collect::<Result<_, _>>()?)
-            }
-            Self::Map(map) => {
-                let field = |(key, shape): &(String, Self)| Ok((key.clone(), shape.value(operation)?));
-                Value::Object(map.iter().map(field).collect::<Result<_, Failure>>()?)
-            }
-            Self::Plain(value) => value.clone(),
-        })
-    }
-}
-
-impl Http {
-    /// Sets the client up; connects to nothing.
+impl HttpSink {
+    /// Reads certificates and secrets; connects to nothing.
     ///
     /// # Errors
-    /// When a setting cannot work.
-    pub fn open(spec: &HttpSpec, batched: bool) -> Result<Self, OpenError> {
-        let wrong = |what: String| OpenError(what.into());
-        let mut client = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .timeout(spec.timeout.map_or(Duration::from_secs(30), |span| span.0))
-            .connect_timeout(spec.connect_timeout.map_or(Duration::from_secs(5), |span| span.0))
-            .user_agent(concat!("walflow/", env!("CARGO_PKG_VERSION")));
-        client = match spec.proxy.as_deref() {
-            None | Some("none") => client.no_proxy(),
-            Some(url) => client.proxy(reqwest::Proxy::all(url).map_err(|error| wrong(format!("http.proxy: {error}")))?),
-        };
-        if let Some(tls) = &spec.tls {
-            let read = |path: &str| std::fs::read(path).map_err(|error| wrong(format!("{path}: {error}")));
-            if let Some(path) = &tls.ca_file {
-                let pem = read(path)?;
-                let certificates =
-                    reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| wrong(format!("{path}: {error}")))?;
-                for certificate in certificates {
-                    client = client.add_root_certificate(certificate);
-                }
-            }
-            if let (Some(certificate), Some(key)) = (&tls.cert_file, &tls.key_file) {
-                let mut pem = read(certificate)?;
-                pem.extend(read(key)?);
-                let identity =
-                    reqwest::Identity::from_pem(&pem).map_err(|error| wrong(format!("{certificate}: {error}")))?;
-                client = client.identity(identity);
-            }
-        }
-        let client = client.build().map_err(|error| wrong(format!("the HTTP client cannot be set up: {error}")))?;
-        let method = spec.method.as_deref().unwrap_or("POST").to_ascii_uppercase();
-        let header = |(name, value): (&String, &String)| {
-            let name = name.parse().map_err(|_| wrong(format!("`{name}` is no name for a header")))?;
-            Ok((name, Template::new(value)))
-        };
-        let verdict = |(status, verdict): (&String, &VerdictSpec)| {
-            let status = status.parse().map_err(|_| wrong(format!("`{status}` is no HTTP status")))?;
-            Ok((status, *verdict))
-        };
+    /// When a setting does not work or a file that it names cannot be read.
+    pub fn open(spec: &HttpSpec, batched: bool, context: &SinkContext) -> Result<Self, OpenError> {
         Ok(Self {
-            client,
-            method: method.parse().map_err(|_| wrong(format!("`{method}` is no HTTP method")))?,
-            url: Template::new(&spec.url),
-            headers: spec.headers.iter().map(header).collect::<Result<_, OpenError>>()?,
-            body: spec.body.as_ref().map(Shape::new),
-            batch: batched.then(|| spec.format.unwrap_or(BatchFormat::JsonArray)),
-            secrets: secrets(spec)?,
-            verdicts: spec.verdicts.iter().map(verdict).collect::<Result<_, OpenError>>()?,
+            requests: Requests::open(spec, context)?,
+            connector: Connector::open(spec, context.clock.clone())?,
+            batched,
         })
     }
 
-    fn body_of(&self, operation: &Operation) -> Result<Bytes, Failure> {
-        match &self.body {
-            None => Ok(operation.event.payload().clone()),
-            Some(shape) => Ok(shape.value(operation)?.to_string().into()),
+    /// One request for each record.
+    async fn write_each(&self, batch: &[Operation]) -> Written {
+        let mut under_way = FuturesUnordered::new();
+        let mut failed = Vec::new();
+        let mut rest = batch.iter().enumerate();
+        loop {
+            while under_way.len() < AT_ONCE
+                && let Some((index, operation)) = rest.next()
+            {
+                under_way.push(self.write_one(operation).map(move |sent| (index, sent)));
+            }
+            match under_way.next().await {
+                Some((_, Ok(()))) => {}
+                Some((index, Err(failure))) => failed.push((index, failure)),
+                None => break,
+            }
         }
+        failed.sort_unstable_by_key(|(index, _)| *index);
+        Written { failed }
     }
 
-    /// Sends operations as one request; one failure stands for all of them.
-    async fn send(&self, batch: &[Operation]) -> Result<(), Failure> {
-        let Some(first) = batch.first() else { return Ok(()) };
-        let mut content = if first.event.record.binary { "application/octet-stream" } else { "application/json" };
-        let body = match self.batch {
-            None => self.body_of(first)?,
-            Some(format) => {
-                let mut body = Vec::new();
-                for (index, operation) in batch.iter().enumerate() {
-                    let one = self.body_of(operation)?;
-                    match format {
-                        BatchFormat::JsonArray => {
-                            body.push(if index == 0 { b'[' } else { b',' });
-                            body.extend_from_slice(&one);
-                        }
-                        BatchFormat::Ndjson => put_line(&mut body, &one),
+    async fn write_one(&self, operation: &Operation) -> Result<(), Failure> {
+        let body = self.requests.body(operation)?;
+        let request = self.requests.request(std::slice::from_ref(&operation), body)?;
+        self.connector.send(request).await
+    }
+
+    /// One request for the batch. A refusal of several records is halved until it is one record's own.
+    async fn write_batch(&self, batch: &[Operation]) -> Written {
+        let mut failed: Vec<(usize, Failure)> = Vec::new();
+        let mut refused_keys = HashSet::new();
+        let mut elements = Vec::with_capacity(batch.len());
+        for (index, operation) in batch.iter().enumerate() {
+            match self.requests.element(operation) {
+                Ok(element) => elements.push((index, operation, element)),
+                Err(failure) => {
+                    refused_keys.extend(operation.event.key.as_deref());
+                    failed.push((index, failure));
+                }
+            }
+        }
+        let mut groups = vec![elements];
+        let (mut accepted, mut refused) = (0, 0);
+        while let Some(mut group) = groups.pop() {
+            // What follows a refused record of its key waits: whether it may pass is for the driver to say.
+            group.retain(|(index, operation, _)| {
+                let waits = operation.event.key.as_deref().is_some_and(|key| refused_keys.contains(key));
+                if waits {
+                    let why = "not sent: an earlier record of its key in the same batch was refused";
+                    failed.push((*index, Failure::new(Verdict::Backoff, why)));
+                }
+                !waits
+            });
+            if group.is_empty() {
+                continue;
+            }
+            let operations: Vec<&Operation> = group.iter().map(|(_, operation, _)| *operation).collect();
+            let body = self.requests.join(group.iter().map(|(_, _, element)| element.as_ref()));
+            let sent = match self.requests.request(&operations, body) {
+                Ok(request) => self.connector.send(request).await,
+                Err(failure) => Err(failure),
+            };
+            match sent {
+                Ok(()) => accepted += group.len(),
+                Err(failure) if failure.verdict == Verdict::Never && group.len() > 1 => {
+                    let right = group.split_off(group.len() / 2);
+                    groups.push(right);
+                    groups.push(group);
+                }
+                Err(failure) => {
+                    let gone_on = failure.verdict == Verdict::Never;
+                    for (index, operation, _) in group {
+                        refused_keys.extend(operation.event.key.as_deref());
+                        failed.push((index, failure.clone()));
                     }
+                    refused += 1;
+                    if gone_on && (accepted > 0 || refused < REFUSED_IN_A_ROW) {
+                        continue;
+                    }
+                    let failure = if gone_on {
+                        Failure::new(
+                            Verdict::Backoff,
+                            "not sent alone: the target refused each of the records before it",
+                        )
+                    } else {
+                        failure
+                    };
+                    let left = groups.drain(..).flatten();
+                    failed.extend(left.map(|(index, _, _)| (index, failure.clone())));
                 }
-                if format == BatchFormat::JsonArray {
-                    body.push(b']');
-                } else {
-                    content = "application/x-ndjson";
-                }
-                body.into()
-            }
-        };
-        let id = template::id(first);
-        let mut request = self.client.request(self.method.clone(), self.url.url(first, "http")?);
-        request = request.header("content-type", content).header("webhook-id", &id);
-        if let Some(key) = &first.event.record.idempotency_key {
-            request = request.header("idempotency-key", &**key);
-        }
-        if !self.secrets.is_empty() {
-            let now = Clock::system().now().as_millis() / 1000;
-            request = request.header("webhook-timestamp", now).header("webhook-signature", self.sign(&id, now, &body));
-        }
-        for (name, value) in &self.headers {
-            request = request.header(name, value.text(first, "http")?);
-        }
-        let answer = request.body(body).send().await.map_err(|error| unreachable(&error))?;
-        self.verdict(&answer)
-    }
-
-    fn sign(&self, id: &str, now: i64, body: &[u8]) -> String {
-        let signatures = self.secrets.iter().filter_map(|secret| {
-            let mut mac = Hmac::<Sha256>::new_from_slice(secret.expose_secret()).ok()?;
-            mac.update(format!("{id}.{now}.").as_bytes());
-            mac.update(body);
-            Some(format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes())))
-        });
-        signatures.collect::<Vec<_>>().join(" ")
-    }
-
-    fn verdict(&self, answer: &reqwest::Response) -> Result<(), Failure> {
-        let status = answer.status();
-        let retry_after = || {
-            let text = answer.headers().get("retry-after")?.to_str().ok()?;
-            text.trim().parse().ok().map(|seconds: u64| Duration::from_secs(seconds.min(86_400)))
-        };
-        let own = self.verdicts.iter().find(|(known, _)| *known == status.as_u16()).map(|(_, verdict)| *verdict);
-        let verdict = match (own, status.as_u16()) {
-            (Some(VerdictSpec::Ok), _) | (None, 200..=299) => return Ok(()),
-            (Some(VerdictSpec::Never), _) => Verdict::Never,
-            (Some(VerdictSpec::Backoff), _) | (None, 300..=399 | 408 | 425 | 500 | 501 | 505..=599) => Verdict::Backoff,
-            (Some(VerdictSpec::Down), _) | (None, 401 | 403 | 404 | 405 | 407 | 410 | 502 | 504) => Verdict::Down,
-            (None, 429 | 503) => retry_after().map_or(
-                if status.as_u16() == 429 { Verdict::After(Duration::from_secs(1)) } else { Verdict::Down },
-                Verdict::After,
-            ),
-            _ => Verdict::Never,
-        };
-        Err(Failure::new(verdict, format!("the target answered {status}")))
-    }
-
-    /// A batch that is refused as a whole is halved until the refused record stands alone.
-    fn bisect<'a>(&'a self, batch: &'a [Operation], at: usize) -> BoxFuture<'a, Vec<(usize, Failure)>> {
-        async move {
-            match self.send(batch).await {
-                Ok(()) => Vec::new(),
-                Err(failure) if failure.verdict == Verdict::Never && batch.len() > 1 => {
-                    let (left, right) = batch.split_at(batch.len() / 2);
-                    let mut failed = self.bisect(left, at).await;
-                    failed.extend(self.bisect(right, at + left.len()).await);
-                    failed
-                }
-                Err(failure) => (0..batch.len()).map(|index| (at + index, failure.clone())).collect(),
             }
         }
-        .boxed()
+        failed.sort_unstable_by_key(|(index, _)| *index);
+        Written { failed }
     }
 }
 
-impl Sink for Http {
+impl Sink for HttpSink {
+    /// A batch in one request is taken or refused as a whole; records sent one by one each have their own answer.
     fn batch_style(&self) -> BatchStyle {
-        if self.batch.is_some() { BatchStyle::Atomic } else { BatchStyle::Independent }
+        if self.batched { BatchStyle::Atomic } else { BatchStyle::Independent }
     }
 
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
-        async move {
-            if self.batch.is_some() {
-                return Written { failed: self.bisect(batch, 0).await };
-            }
-            let mut written = Written::default();
-            for (index, operation) in batch.iter().enumerate() {
-                if let Err(failure) = self.send(std::slice::from_ref(operation)).await {
-                    written.failed.push((index, failure));
-                }
-            }
-            written
-        }
-        .boxed()
+        if self.batched { self.write_batch(batch).boxed() } else { self.write_each(batch).boxed() }
     }
-}
-
-fn unreachable(error: &reqwest::Error) -> Failure {
-    let verdict = if error.is_timeout() && !error.is_connect() { Verdict::Backoff } else { Verdict::Down };
-    if error.is_builder() {
-        return Failure::rendering("the request cannot be built: an address or header does not work with this record");
-    }
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    let what =
-        if error.is_timeout() { "did not answer in time".to_owned() } else { format!("cannot be reached: {cause}") };
-    Failure::new(verdict, format!("the target {what}"))
-}
-
-fn secrets(spec: &HttpSpec) -> Result<Vec<SecretBox<Vec<u8>>>, OpenError> {
-    let Some(sign) = &spec.sign else { return Ok(Vec::new()) };
-    let text = match (&sign.secret, &sign.secret_file) {
-        (Some(secret), _) => secret.clone(),
-        (None, Some(path)) => {
-            std::fs::read_to_string(path).map_err(|error| OpenError(format!("{path}: {error}").into()))?
-        }
-        (None, None) => String::new(),
-    };
-    let decode = |word: &str| {
-        let bytes = STANDARD.decode(word.strip_prefix("whsec_").unwrap_or(word));
-        bytes
-            .map(|bytes| SecretBox::new(Box::new(bytes)))
-            .map_err(|_| OpenError("http.sign: a secret is base64 after `whsec_`".into()))
-    };
-    text.split_whitespace().map(decode).collect()
 }

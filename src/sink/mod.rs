@@ -5,9 +5,14 @@
 
 pub mod file;
 pub mod http;
+mod json;
+mod lines;
 pub mod redis;
 pub mod stdout;
 pub mod template;
+#[cfg(test)]
+mod testing;
+pub mod tls;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,6 +21,8 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 use crate::clock::Clock;
+use crate::record::TargetKind;
+use crate::retry::Retry;
 use crate::transform::Event;
 
 /// One operation of a batch.
@@ -27,6 +34,16 @@ pub struct Operation {
     pub case: usize,
     /// The region of the branch, if the file replicates.
     pub region: Option<Arc<str>>,
+}
+
+impl Operation {
+    /// The identity that a target sees, the same on every attempt: the record's id, `id/n` for its n-th child.
+    pub fn delivery_id(&self) -> String {
+        match self.event.child {
+            0 => self.event.record.id.to_string(),
+            child => format!("{}/{child}", self.event.record.id),
+        }
+    }
 }
 
 /// What a failure means, said by the code that knows the protocol.
@@ -122,6 +139,18 @@ pub enum Kind {
     Redis(Box<redis::RedisSpec>),
 }
 
+impl Kind {
+    /// The kind's name, as the file says it.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Stdout(_) => "stdout",
+            Self::File(_) => "file",
+            Self::Http { .. } => "http",
+            Self::Redis(_) => "redis",
+        }
+    }
+}
+
 /// What a sink knows of the branch that it serves.
 #[derive(Clone, Debug)]
 pub struct SinkContext {
@@ -135,20 +164,103 @@ pub struct SinkContext {
     pub clock: Clock,
 }
 
-/// A sink cannot be set up as its settings say.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct OpenError(pub Box<str>);
+/// A sink cannot be opened as the file has it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// A setting does not work; [`check`] finds the same without opening.
+    #[error("{kind}{pointer}: {message}")]
+    Setting {
+        /// The sink's kind.
+        kind: &'static str,
+        /// Where, relative to the kind.
+        pointer: Box<str>,
+        /// What is wrong.
+        message: Box<str>,
+    },
+    /// A file that the settings name cannot be used.
+    #[error("{path}: {message}")]
+    Unreadable {
+        /// The file.
+        path: Box<str>,
+        /// What is wrong with it.
+        message: Box<str>,
+    },
+}
 
-/// Sets a sink up. Connects to nothing: that waits for the first batch.
+/// A setting that cannot work as written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpecFault {
+    /// Where, a JSON pointer relative to the kind's own map: `/url`, `/cases/0/key`.
+    pub pointer: String,
+    /// What is wrong.
+    pub message: String,
+    /// What would be right.
+    pub help: String,
+}
+
+impl SpecFault {
+    fn new(pointer: impl Into<String>, message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self { pointer: pointer.into(), message: message.into(), help: help.into() }
+    }
+}
+
+/// Opens a sink. Touches no network: connections are made when they are needed and made again when they break, so that a
+/// target that is away stops no start.
 ///
 /// # Errors
-/// When a setting cannot work: a file of certificates that is not there, an address that is none.
-pub fn open(kind: &Kind, _context: &SinkContext) -> Result<Box<dyn Sink>, OpenError> {
+/// When a setting cannot work, or a file that it names (a certificate, a secret) cannot be read.
+pub fn open(kind: &Kind, context: &SinkContext) -> Result<Box<dyn Sink>, OpenError> {
+    if let Some(fault) = check(kind).into_iter().next() {
+        return Err(OpenError::Setting {
+            kind: kind.name(),
+            pointer: fault.pointer.into(),
+            message: fault.message.into(),
+        });
+    }
     Ok(match kind {
-        Kind::Stdout(_) => Box::new(stdout::Stdout),
-        Kind::File(spec) => Box::new(file::Files::new(spec)),
-        Kind::Http { spec, batched } => Box::new(http::Http::open(spec, *batched)?),
-        Kind::Redis(spec) => Box::new(redis::Redis::new(spec)?),
+        Kind::Stdout(stdout::StdoutSpec {}) => Box::new(stdout::StdoutSink::new(std::io::stdout(), context)),
+        Kind::File(spec) => Box::new(file::FileSink::open(spec, context)?),
+        Kind::Http { spec, batched } => Box::new(http::HttpSink::open(spec, *batched, context)?),
+        Kind::Redis(spec) => Box::new(redis::RedisSink::open(spec, context)?),
     })
+}
+
+/// Everything in a kind's settings that cannot work as written. Reads no file and touches no network.
+pub fn check(kind: &Kind) -> Vec<SpecFault> {
+    match kind {
+        Kind::Stdout(stdout::StdoutSpec {}) => Vec::new(),
+        Kind::File(spec) => file::check(spec),
+        Kind::Http { spec, batched } => http::check(spec, *batched),
+        Kind::Redis(spec) => redis::check(spec),
+    }
+}
+
+/// The retry schedule of a kind where the file leaves it open.
+pub const fn retry_default(kind: &Kind) -> Retry {
+    match kind {
+        Kind::Http { .. } => Retry::webhook(),
+        Kind::Stdout(_) | Kind::File(_) | Kind::Redis(_) => Retry::nearby(),
+    }
+}
+
+/// What sort of target a kind is by nature.
+pub const fn target_kind(kind: &Kind) -> TargetKind {
+    match kind {
+        Kind::Http { .. } => TargetKind::Http,
+        Kind::Redis(_) => TargetKind::Cache,
+        Kind::Stdout(_) | Kind::File(_) => TargetKind::FileSystem,
+    }
+}
+
+/// When a record counts as delivered, and what happens when it is sent twice, for the plan.
+pub fn delivered_note(kind: &Kind) -> Vec<String> {
+    match kind {
+        Kind::Stdout(_) => vec!["delivered when the line is handed to the system; nothing keeps it".to_owned()],
+        Kind::File(_) => vec![
+            "delivered when the line is synced to the disk (fdatasync, one a file and batch)".to_owned(),
+            "after a crash a line may stand twice".to_owned(),
+        ],
+        Kind::Http { spec, batched } => http::delivered_note(spec, *batched),
+        Kind::Redis(spec) => redis::delivered_note(spec),
+    }
 }

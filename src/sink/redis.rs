@@ -1,15 +1,25 @@
-//! `redis`: commands chosen by `cases`, pipelined.
+//! `redis`: commands chosen by `cases`, a batch in one pipeline.
+//!
+//! Takes operations, gives what the server said to each command. One connection for the branch, made when it is needed and
+//! made again when it breaks. After a time-out the next batch goes over the same connection, behind what may still be
+//! executed, so that an old value never lands on a newer one. Never runs a command that the file does not name.
+
+mod command;
+mod connection;
+mod verdict;
 
 use std::time::Duration;
 
-use futures::FutureExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, FutureExt};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::template::Template;
-use super::{BatchStyle, Failure, OpenError, Operation, Sink, Verdict, Written};
+use self::command::Case;
+use self::connection::Connection;
+use self::verdict::judge;
+use super::template::Scope;
+use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, tls};
 use crate::units::Span;
 
 /// `redis:` — one command a record, chosen by the first case that matches.
@@ -61,179 +71,130 @@ pub enum RedisCommand {
     Xadd,
 }
 
+/// What cannot work in a `redis:`.
+pub(super) fn check(spec: &RedisSpec) -> Vec<SpecFault> {
+    let mut faults = Vec::new();
+    match &spec.url {
+        None => faults.push(SpecFault::new("/url", "there is no URL", "redis://127.0.0.1:6379/0, for example")),
+        Some(url) => {
+            if let Err(why) = connection::address(url) {
+                faults.push(SpecFault::new("/url", why, "redis://127.0.0.1:6379/0, or rediss:// for TLS"));
+            }
+        }
+    }
+    if spec.timeout.is_some_and(|span| span.0.is_zero()) {
+        faults.push(SpecFault::new("/timeout", "nothing can be done in no time", "5s, for example"));
+    }
+    if spec.cases.is_empty() {
+        let help = "- { command: set, key: \"cache:{key}\" }";
+        faults.push(SpecFault::new("/cases", "there is no case, so nothing would be done", help));
+    }
+    for (index, case) in spec.cases.iter().enumerate() {
+        command::check(case, &format!("/cases/{index}"), &mut faults);
+        if case.when.is_none() && index + 1 < spec.cases.len() {
+            faults.push(SpecFault::new(
+                format!("/cases/{index}"),
+                "this case takes everything, so those after it take nothing",
+                "give it a `when`, or make it the last",
+            ));
+        }
+    }
+    faults
+}
+
+/// When a record counts as delivered and what a second delivery does, for the plan.
+pub(super) fn delivered_note(spec: &RedisSpec) -> Vec<String> {
+    let mut notes =
+        vec!["delivered when Redis has answered its command; how durable that is, its own settings say".to_owned()];
+    for (index, case) in spec.cases.iter().enumerate() {
+        match case.command.unwrap_or_default() {
+            RedisCommand::Incrby => {
+                notes.push(format!("case {index}: incrby is not repeatable; after a lost answer it counts twice"));
+            }
+            RedisCommand::Xadd => {
+                notes.push(format!("case {index}: xadd is not repeatable; after a lost answer the entry stands twice"));
+            }
+            RedisCommand::Set | RedisCommand::Del | RedisCommand::Hset => {}
+        }
+    }
+    if spec.url.as_deref().is_some_and(|url| url.starts_with("rediss://") && url.ends_with("#insecure")) {
+        notes.push("the server's certificate is not checked (#insecure)".to_owned());
+    }
+    notes
+}
+
 /// A Redis server.
-pub struct Redis {
-    client: redis::Client,
-    timeout: Duration,
-    connection: tokio::sync::Mutex<Option<redis::aio::MultiplexedConnection>>,
+pub struct RedisSink {
+    connection: Connection,
     cases: Vec<Case>,
+    context: SinkContext,
 }
 
-struct Case {
-    command: RedisCommand,
-    key: Template,
-    value: Template,
-    ttl: Option<Duration>,
-    fields: Vec<(String, Template)>,
-    by: Template,
-}
-
-impl Redis {
+impl RedisSink {
     /// Reads the settings; connects to nothing.
     ///
     /// # Errors
-    /// When the address is none.
-    pub fn new(spec: &RedisSpec) -> Result<Self, OpenError> {
-        let client = redis::Client::open(spec.url.as_deref().unwrap_or_default())
-            .map_err(|_| OpenError("redis.url is not an address such as redis://host:6379/0".into()))?;
-        let text = |value: &serde_json::Value| {
-            Template::new(&value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned))
-        };
-        let case = |case: &RedisCaseSpec| Case {
-            command: case.command.unwrap_or_default(),
-            key: Template::new(&case.key),
-            value: case.value.as_ref().map_or_else(|| Template::new("{payload}"), text),
-            ttl: case.ttl.map(|span| span.0),
-            fields: case.fields.iter().map(|(name, value)| (name.clone(), text(value))).collect(),
-            by: case.by.as_ref().map_or_else(|| Template::new("1"), text),
-        };
-        Ok(Self {
-            client,
-            timeout: spec.timeout.map_or(Duration::from_secs(5), |span| span.0),
-            connection: tokio::sync::Mutex::default(),
-            cases: spec.cases.iter().map(case).collect(),
-        })
+    /// When a setting does not work.
+    pub fn open(spec: &RedisSpec, context: &SinkContext) -> Result<Self, OpenError> {
+        tls::provider();
+        let wrong =
+            |pointer: String, message: Box<str>| OpenError::Setting { kind: "redis", pointer: pointer.into(), message };
+        let url = spec.url.as_deref().unwrap_or_default();
+        let timeout = spec.timeout.map_or(Duration::from_secs(5), |span| span.0);
+        let connection = Connection::new(url, timeout).map_err(|why| wrong("/url".to_owned(), why.into()))?;
+        let cases = spec.cases.iter().enumerate().map(|(index, case)| {
+            Case::parse(case).map_err(|(place, message)| wrong(format!("/cases/{index}{place}"), message))
+        });
+        Ok(Self { connection, cases: cases.collect::<Result<_, _>>()?, context: context.clone() })
     }
 
     fn command(&self, operation: &Operation) -> Result<redis::Cmd, Failure> {
-        let Some(case) = self.cases.get(operation.case) else {
-            return Err(Failure::new(Verdict::Never, "the file has no such case"));
-        };
-        let key = case.key.text(operation, "redis")?;
-        let fields = || {
-            let field =
-                |(name, value): &(String, Template)| Ok((name.clone(), value.bytes(operation, "redis")?.to_vec()));
-            case.fields.iter().map(field).collect::<Result<Vec<_>, Failure>>()
-        };
-        let mut command = redis::Cmd::new();
-        match case.command {
-            RedisCommand::Set => {
-                command.arg("SET").arg(key).arg(case.value.bytes(operation, "redis")?.to_vec());
-                if let Some(ttl) = case.ttl {
-                    command.arg("PX").arg(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1));
-                }
-            }
-            RedisCommand::Del => {
-                command.arg("DEL").arg(key);
-            }
-            RedisCommand::Hset => {
-                command.arg("HSET").arg(key);
-                for (name, value) in fields()? {
-                    command.arg(name).arg(value);
-                }
-            }
-            RedisCommand::Incrby => {
-                let by = case.by.text(operation, "redis")?;
-                let by: i64 =
-                    by.parse().map_err(|_| Failure::rendering(format!("`by` is `{by}`, which is no whole number")))?;
-                command.arg("INCRBY").arg(key).arg(by);
-            }
-            RedisCommand::Xadd => {
-                command.arg("XADD").arg(key).arg("*");
-                for (name, value) in fields()? {
-                    command.arg(name).arg(value);
-                }
-            }
-        }
-        Ok(command)
-    }
-
-    async fn connect(&self) -> Result<redis::aio::MultiplexedConnection, Failure> {
-        let mut connection = self.connection.lock().await;
-        if let Some(open) = &*connection {
-            return Ok(open.clone());
-        }
-        let opened = tokio::time::timeout(self.timeout, self.client.get_multiplexed_async_connection()).await;
-        match opened {
-            Ok(Ok(opened)) => Ok(connection.insert(opened).clone()),
-            Ok(Err(error)) => Err(Failure::new(Verdict::Down, format!("redis cannot be reached: {}", said(&error)))),
-            Err(_) => Err(Failure::new(Verdict::Down, "redis cannot be reached in time")),
-        }
-    }
-
-    /// Sends commands in one pipeline and gives an answer for each.
-    async fn send(&self, commands: &[redis::Cmd]) -> Result<Vec<Option<Failure>>, Failure> {
-        let mut connection = self.connect().await?;
-        let mut pipeline = redis::Pipeline::with_capacity(commands.len());
-        pipeline.ignore_errors();
-        for command in commands {
-            pipeline.add_command(command.clone());
-        }
-        let answers: Result<Result<Vec<redis::RedisResult<redis::Value>>, _>, _> =
-            tokio::time::timeout(self.timeout, pipeline.query_async(&mut connection)).await;
-        let failure = match answers {
-            Ok(Ok(answers)) => {
-                return Ok(answers.into_iter().map(|answer| answer.err().map(|error| judge(&error))).collect());
-            }
-            Ok(Err(error)) => judge(&error),
-            Err(_) => Failure::new(Verdict::Backoff, "redis did not answer in time"),
-        };
-        // Late answers must not be taken for those of the next batch.
-        *self.connection.lock().await = None;
-        Err(failure)
+        let case = self.cases.get(operation.case).ok_or_else(|| {
+            Failure::rendering(format!("no case {} is left in the file; the record matched it before", operation.case))
+        })?;
+        case.command(&Scope::new(operation, &self.context))
     }
 }
 
-impl Sink for Redis {
+impl Sink for RedisSink {
+    /// Redis runs every command of a pipeline, also behind one that failed.
     fn batch_style(&self) -> BatchStyle {
         BatchStyle::Independent
     }
 
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
         async move {
-            let (mut commands, mut indexes) = (Vec::new(), Vec::new());
-            let mut written = Written::default();
+            let mut failed = Vec::new();
+            let mut sent = Vec::with_capacity(batch.len());
+            let mut pipeline = redis::Pipeline::with_capacity(batch.len());
+            pipeline.ignore_errors();
             for (index, operation) in batch.iter().enumerate() {
                 match self.command(operation) {
                     Ok(command) => {
-                        commands.push(command);
-                        indexes.push(index);
+                        pipeline.add_command(command);
+                        sent.push(index);
                     }
-                    Err(failure) => written.failed.push((index, failure)),
+                    Err(failure) => failed.push((index, failure)),
                 }
             }
-            if !commands.is_empty() {
-                match self.send(&commands).await {
-                    Ok(answers) => {
-                        let failed =
-                            indexes.into_iter().zip(answers).filter_map(|(index, answer)| Some((index, answer?)));
-                        written.failed.extend(failed);
+            if !sent.is_empty() {
+                let shown = self.connection.shown();
+                match self.connection.run(&pipeline).await {
+                    Err(failure) => failed.extend(sent.into_iter().map(|index| (index, failure.clone()))),
+                    Ok(results) if results.len() == sent.len() => {
+                        let pairs = sent.into_iter().zip(results);
+                        failed.extend(pairs.filter_map(|(index, result)| Some((index, judge(shown, &result.err()?)))));
                     }
-                    Err(failure) => written.failed.extend(indexes.into_iter().map(|index| (index, failure.clone()))),
+                    Ok(results) => {
+                        let why = format!("{shown}: {} answers to {} commands", results.len(), sent.len());
+                        let failure = Failure::new(Verdict::Backoff, why);
+                        failed.extend(sent.into_iter().map(|index| (index, failure.clone())));
+                    }
                 }
             }
-            written.failed.sort_by_key(|(index, _)| *index);
-            written
+            failed.sort_unstable_by_key(|(index, _)| *index);
+            Written { failed }
         }
         .boxed()
     }
-}
-
-/// What the server or the connection said, without what was sent.
-fn said(error: &redis::RedisError) -> String {
-    error
-        .code()
-        .map_or_else(|| error.category().to_owned(), |code| format!("{code} {}", error.detail().unwrap_or_default()))
-}
-
-fn judge(error: &redis::RedisError) -> Failure {
-    let verdict = match error.code() {
-        Some(
-            "LOADING" | "READONLY" | "MASTERDOWN" | "CLUSTERDOWN" | "NOAUTH" | "WRONGPASS" | "NOPERM" | "NOREPLICAS",
-        ) => Verdict::Down,
-        Some("OOM" | "BUSY" | "TRYAGAIN" | "MISCONF") => Verdict::Backoff,
-        Some(_) => Verdict::Never,
-        None => Verdict::Down,
-    };
-    Failure::new(verdict, format!("redis: {}", said(error)))
 }
