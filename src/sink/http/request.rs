@@ -3,6 +3,7 @@
 //! Takes operations, gives a request that is ready to send. Payloads are copied as they are. Never sends anything.
 
 use std::borrow::Cow;
+use std::fmt::Write as _;
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, USER_AGENT};
@@ -40,7 +41,7 @@ pub(super) struct Requests {
     context: SinkContext,
 }
 
-fn wrong(pointer: String, message: impl ToString) -> OpenError {
+fn wrong(pointer: String, message: &impl ToString) -> OpenError {
     OpenError::Setting { kind: "http", pointer: pointer.into(), message: message.to_string().into() }
 }
 
@@ -63,8 +64,8 @@ impl Requests {
         let mut headers = Vec::new();
         for (name, value) in &spec.headers {
             let pointer = || format!("/headers/{name}");
-            let known = HeaderName::from_bytes(name.as_bytes()).map_err(|error| wrong(pointer(), error))?;
-            headers.push((known, Template::parse(value).map_err(|error| wrong(pointer(), error))?));
+            let known = HeaderName::from_bytes(name.as_bytes()).map_err(|error| wrong(pointer(), &error))?;
+            headers.push((known, Template::parse(value).map_err(|error| wrong(pointer(), &error))?));
         }
         let secrets = match &spec.sign {
             None => None,
@@ -81,22 +82,22 @@ impl Requests {
                     Some(path) => {
                         OpenError::Unreadable { path: path.as_str().into(), message: error.to_string().into() }
                     }
-                    None => wrong("/sign/secret".to_owned(), error),
+                    None => wrong("/sign/secret".to_owned(), &error),
                 });
                 Some(secrets?)
             }
         };
         let body = spec.body.as_ref().map(Document::parse).transpose();
         Ok(Self {
-            url: Template::parse(&spec.url).map_err(|error| wrong("/url".to_owned(), error))?,
+            url: Template::parse(&spec.url).map_err(|error| wrong("/url".to_owned(), &error))?,
             method: match &spec.method {
                 None => Method::POST,
                 Some(name) => {
-                    Method::from_bytes(name.as_bytes()).map_err(|error| wrong("/method".to_owned(), error))?
+                    Method::from_bytes(name.as_bytes()).map_err(|error| wrong("/method".to_owned(), &error))?
                 }
             },
             headers,
-            body: body.map_err(|error| wrong(format!("/body{}", error.pointer), error.error))?,
+            body: body.map_err(|error| wrong(format!("/body{}", error.pointer), &error.error))?,
             format: spec.format.unwrap_or(BatchFormat::JsonArray),
             secrets,
             context: context.clone(),
@@ -218,8 +219,11 @@ fn delivery_id(operations: &[&Operation]) -> String {
         digest.update(operation.delivery_id());
         digest.update("\n");
     }
-    let hash: String = digest.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-    format!("batch_{hash}")
+    let mut id = "batch_".to_owned();
+    for byte in digest.finalize().iter().take(16) {
+        let _ = write!(id, "{byte:02x}");
+    }
+    id
 }
 
 /// The client's own key where the write had one, so that a target that knows it sees the same again; else the delivery's id.
@@ -303,7 +307,10 @@ mod tests {
         }
         let binary = operation_with("\u{1}", |record| record.binary = true);
         let (request, sent) = single(&requests(&json!({"url": "http://h/"})), &binary);
-        assert_eq!((sent.as_slice(), request.headers()["content-type"].to_str().unwrap()), (&b"\x01"[..], "application/octet-stream"));
+        assert_eq!(
+            (sent.as_slice(), request.headers()["content-type"].to_str().unwrap()),
+            (&b"\x01"[..], "application/octet-stream")
+        );
     }
 
     #[test]

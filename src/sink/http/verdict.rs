@@ -88,7 +88,7 @@ pub const WITHOUT_STATUS: &[(&str, Meaning)] = &[
 /// A wait that `After` takes when the target names none.
 const UNNAMED: Duration = Duration::from_secs(5);
 /// No `Retry-After` is believed beyond this.
-const LONGEST: Duration = Duration::from_secs(3_600);
+const LONGEST: Duration = Duration::from_hours(1);
 /// No `Retry-After` is shorter, so that a zero does not make a busy loop.
 const SHORTEST: Duration = Duration::from_secs(1);
 
