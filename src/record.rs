@@ -274,6 +274,13 @@ impl Record {
         put(out, tag::PAYLOAD, &self.payload);
     }
 
+    /// The id in an encoded record, without decoding the rest.
+    pub fn peek_id(bytes: &[u8]) -> Option<RecordId> {
+        let (head, rest) = bytes.split_first_chunk::<5>()?;
+        let id = rest.first_chunk::<16>()?;
+        (*head == [tag::ID, 16, 0, 0, 0]).then(|| RecordId::from_bytes(*id))
+    }
+
     /// Reads a record back. The payload shares `bytes`; entries with an unknown tag are skipped.
     ///
     /// # Errors
@@ -384,6 +391,7 @@ mod tests {
         let record = full();
         let mut bytes = Vec::new();
         record.encode(&mut bytes);
+        assert_eq!(Record::peek_id(&bytes), Some(record.id));
         assert_eq!(Record::decode(&bytes.into()).unwrap(), record);
     }
 

@@ -65,6 +65,8 @@ pub mod kind {
     pub const STARTED: u8 = 22;
     /// The instance stops orderly.
     pub const STOPPED: u8 = 23;
+    /// A branch has another name.
+    pub const BRANCH_RENAMED: u8 = 24;
 }
 
 mod tag {
@@ -265,6 +267,7 @@ impl Change {
             Self::Pause { .. } => kind::PAUSE,
             Self::BranchOpened { .. } => kind::BRANCH_OPENED,
             Self::BranchForgotten { .. } => kind::BRANCH_FORGOTTEN,
+            Self::BranchRenamed { .. } => kind::BRANCH_RENAMED,
             Self::Epoch { .. } => kind::EPOCH,
             Self::Trim { .. } => kind::TRIM,
             Self::NamespaceCreated { .. } => kind::NAMESPACE_CREATED,
@@ -330,6 +333,10 @@ impl Change {
                 }
             }
             Self::BranchForgotten { branch } => put_branch(out, branch),
+            Self::BranchRenamed { from, to } => {
+                put_branch(out, from);
+                put(out, tag::NAME, to.as_str().as_bytes());
+            }
             Self::Epoch { number, after, files } => {
                 put_u32(out, tag::NUMBER, *number);
                 put_u64(out, tag::POSITION, after.0);
@@ -392,6 +399,9 @@ impl Change {
             kind::PAUSE => Self::Pause { branch: entries.branch()?, pause: entries.pause()? },
             kind::BRANCH_OPENED => Self::BranchOpened { branch: entries.branch()?, position: entries.position()? },
             kind::BRANCH_FORGOTTEN => Self::BranchForgotten { branch: entries.branch()? },
+            kind::BRANCH_RENAMED => {
+                Self::BranchRenamed { from: entries.branch()?, to: BranchName::from_stored(entries.text(tag::NAME)?) }
+            }
             kind::EPOCH => Self::Epoch {
                 number: entries.u32(tag::NUMBER)?,
                 after: entries.position()?,

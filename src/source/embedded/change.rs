@@ -151,6 +151,13 @@ pub enum Change {
         /// The branch.
         branch: BranchName,
     },
+    /// A branch goes on under another name.
+    BranchRenamed {
+        /// What it was called.
+        from: BranchName,
+        /// What it is called now.
+        to: BranchName,
+    },
     /// A revision of the pipeline file is in force for records after this position.
     Epoch {
         /// Its number.

@@ -129,6 +129,7 @@ pub struct State {
     applied: Sequence,
     checkpoint: Sequence,
     last_time: Timestamp,
+    orderly: bool,
     /// Parked in the open transaction and not written yet: what is released before the commit never is.
     pending: BTreeMap<Sequence, apply::Parked>,
     /// Hourly tables of keys that are known to exist.
@@ -170,6 +171,8 @@ impl State {
         };
         let (applied, checkpoint) = (Sequence(number(meta("applied")?)), Sequence(number(meta("checkpoint")?)));
         let last_time = Timestamp::from_millis(meta("last_time")?);
+        // 0 = nothing was ever stored, so there was no stop.
+        let orderly = meta("running")? == 0;
         let counts = Counts::default();
         counts.load(&db).map_err(failed(path, "count"))?;
         let key_tables = schema::key_tables(&db).map_err(failed(path, "list the tables of keys"))?;
@@ -182,6 +185,7 @@ impl State {
             applied,
             checkpoint,
             last_time,
+            orderly,
             pending: BTreeMap::new(),
             key_tables,
             sampled: std::collections::HashMap::new(),
@@ -201,6 +205,11 @@ impl State {
     /// The newest frame's time: ids never go below it (LOG.md 18).
     pub const fn last_time(&self) -> Timestamp {
         self.last_time
+    }
+
+    /// The last stop was orderly, or there was none.
+    pub const fn stopped_orderly(&self) -> bool {
+        self.orderly
     }
 
     /// What lies here, counted as changes are applied.
@@ -291,6 +300,7 @@ impl State {
             let mut meta = db.prepare_cached("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)")?;
             meta.execute(params!["applied", sql(applied.0)])?;
             meta.execute(params!["last_time", state.last_time.as_millis()])?;
+            meta.execute(params!["running", i64::from(!state.orderly)])?;
             if let Some(checkpoint) = checkpoint {
                 meta.execute(params!["checkpoint", sql(applied.0)])?;
                 db.execute("DELETE FROM segments", [])?;

@@ -90,6 +90,7 @@ pub(crate) fn every_change() -> Vec<Change> {
         },
         Change::Pause { branch: branch.clone(), pause: None },
         Change::BranchOpened { branch: branch.clone(), position: Position(9) },
+        Change::BranchRenamed { from: branch.clone(), to: BranchName::new("x", None) },
         Change::BranchForgotten { branch },
         Change::Epoch { number: 2, after: Position(9), files: Bytes::from_static(b"files") },
         Change::Trim { first: Position(4) },

@@ -42,7 +42,12 @@ impl State {
         self.last_time = self.last_time.max(frame.time);
         let namespace = frame.namespace;
         match &frame.change {
-            Change::Append { idempotency: None, .. } | Change::Dropped { .. } | Change::Stopped => return Ok(()),
+            Change::Append { idempotency: None, .. } | Change::Dropped { .. } => return Ok(()),
+            Change::Stopped => {
+                self.orderly = true;
+                return Ok(());
+            }
+            Change::Started { .. } => self.orderly = false,
             Change::Park { due_at, record, idempotency } => {
                 self.park(frame.sequence, namespace, *due_at, record);
                 if idempotency.is_none() {
@@ -179,9 +184,8 @@ impl State {
             }
             Change::NamespaceDeleted => self.delete_namespace(namespace)?,
             Change::Started { clean } => self.started(*clean)?,
+            Change::BranchRenamed { from, to } => self.rename_branch(namespace, from, to)?,
             Change::Dropped { .. } | Change::Stopped => {}
-            #[expect(unreachable_patterns, reason = "changes of later parts are skipped by older ones")]
-            _ => {}
         }
         Ok(())
     }
@@ -344,6 +348,28 @@ impl State {
                  AND after <= (SELECT coalesce(min(cursor), ?2) FROM branches WHERE namespace = ?1))",
             params![namespace.0, first],
         )?;
+        Ok(())
+    }
+
+    fn rename_branch(
+        &mut self,
+        namespace: NamespaceNumber,
+        from: &BranchName,
+        to: &BranchName,
+    ) -> rusqlite::Result<()> {
+        let known = "SELECT 1 FROM branches WHERE namespace = ? AND name = ?";
+        if self.db.prepare_cached(known)?.exists(params![namespace.0, to.as_str()])? {
+            return Ok(());
+        }
+        self.db.execute(
+            "UPDATE branches SET name = ?3 WHERE namespace = ?1 AND name = ?2",
+            params![namespace.0, from.as_str(), to.as_str()],
+        )?;
+        for table in ["aside", "dead", "tombstones", "marks", "samples"] {
+            let rename = format!("UPDATE {table} SET branch = ?3 WHERE namespace = ?1 AND branch = ?2");
+            self.db.execute(&rename, params![namespace.0, from.as_str(), to.as_str()])?;
+        }
+        self.counts.rename(namespace, from, to);
         Ok(())
     }
 

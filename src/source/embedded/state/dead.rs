@@ -17,7 +17,7 @@ impl StateReader {
     /// # Errors
     /// When SQLite fails or a row is damaged.
     pub fn dead_page(&self, namespace: NamespaceNumber, query: &DeadQuery) -> Result<Page<DeadLetter>, StateError> {
-        let mut sql_text = "SELECT sequence, body, crc, overtaken FROM dead WHERE namespace = ?".to_owned();
+        let mut sql_text = "SELECT sequence, body, crc, overtaken, branch FROM dead WHERE namespace = ?".to_owned();
         let mut values = vec![Value::from(namespace.0)];
         let mut narrow = |condition: &str, value: Option<Value>| {
             if let Some(value) = value {
@@ -57,26 +57,29 @@ impl StateReader {
         branch: &BranchName,
         position: Position,
     ) -> Result<Vec<DeadLetter>, StateError> {
-        let query =
-            "SELECT sequence, body, crc, overtaken FROM dead WHERE namespace = ? AND branch = ? AND position = ?";
+        let query = "SELECT sequence, body, crc, overtaken, branch FROM dead WHERE namespace = ? AND branch = ? AND position = ?";
         let rows = self.letters(query, params![namespace.0, branch.as_str(), sql(position.0)])?;
         Ok(rows.into_iter().map(|(_, letter)| letter).collect())
     }
 
     fn letters(&self, query: &str, values: impl rusqlite::Params) -> Result<Vec<(i64, DeadLetter)>, StateError> {
-        type Found = (i64, Vec<u8>, u32, bool);
+        type Found = (i64, Vec<u8>, u32, bool, String);
         let rows: Vec<Found> = self.with(|db| {
             let mut select = db.prepare_cached(query)?;
-            let row = |row: &Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?));
+            let row = |row: &Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?));
             select.query_map(values, row)?.collect()
         })?;
-        let letter = |(sequence, body, crc, overtaken): Found| {
+        let letter = |(sequence, body, crc, overtaken, branch): Found| {
             let broken = || damaged(self.path(), "dead", number(sequence));
             if crc32c::crc32c(&body) != crc {
                 return Err(broken());
             }
             match Change::decode(kind::DEAD, &Bytes::from(body)) {
-                Ok(Change::Dead { letter }) => Ok((sequence, DeadLetter { overtaken, ..*letter })),
+                Ok(Change::Dead { letter }) => {
+                    // The column follows a branch that was renamed.
+                    let branch = BranchName::from_stored(&branch);
+                    Ok((sequence, DeadLetter { overtaken, branch, ..*letter }))
+                }
                 _ => Err(broken()),
             }
         };

@@ -1,0 +1,90 @@
+//! What an embedded log can be told: where it lies, how much it may take, and each namespace's own bounds.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::disk::{Disk, RealDisk};
+use crate::clock::Clock;
+
+/// The settings of one embedded log. [`Options::new`] gives those for production; tests make files tiny.
+#[derive(Clone)]
+pub struct Options {
+    /// The data folder.
+    pub data: PathBuf,
+    /// Wall-clock time.
+    pub clock: Clock,
+    /// The file system.
+    pub disk: Arc<dyn Disk>,
+    /// Bytes of a journal file.
+    pub journal_file_bytes: u64,
+    /// Journal files kept ready, so that acks and trims can be written when the disk is full.
+    pub journal_spares: usize,
+    /// Bytes of journal after which the views are made durable.
+    pub checkpoint_bytes: u64,
+    /// Bytes after which a segment is sealed.
+    pub segment_bytes: u64,
+    /// Bytes by which the views may lag before writers wait.
+    pub settle_lag_bytes: usize,
+    /// Bytes of requests that may wait for the writer.
+    pub queue_bytes: usize,
+    /// Bytes of parked records kept in memory because they are due soon.
+    pub due_bytes: usize,
+    /// Bytes of a namespace's newest records that stay in memory for readers that are behind.
+    pub tail_bytes: u64,
+    /// How long changes wait before `state.db` commits them.
+    pub commit_every: Duration,
+}
+
+impl Options {
+    /// The settings for production.
+    pub fn new(data: PathBuf, clock: Clock) -> Self {
+        Self {
+            data,
+            clock,
+            disk: Arc::new(RealDisk),
+            journal_file_bytes: 64 << 20,
+            journal_spares: 2,
+            checkpoint_bytes: 192 << 20,
+            segment_bytes: 64 << 20,
+            settle_lag_bytes: 64 << 20,
+            queue_bytes: 64 << 20,
+            due_bytes: 64 << 20,
+            tail_bytes: 1 << 20,
+            commit_every: Duration::from_millis(250),
+        }
+    }
+}
+
+/// One namespace's bounds. They may change while it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespaceSettings {
+    /// Finished records are kept this long.
+    pub retention_age: Duration,
+    /// Finished records are kept up to this size.
+    pub retention_bytes: u64,
+    /// Unfinished records may take this much.
+    pub backlog_bytes: u64,
+    /// Unfinished records may be this old.
+    pub backlog_age: Duration,
+    /// At the bound the oldest unfinished records are dropped; else new ones are refused.
+    pub drop_oldest: bool,
+    /// How long idempotency keys are remembered.
+    pub key_window: Duration,
+    /// The largest payload.
+    pub max_record_bytes: u64,
+}
+
+impl Default for NamespaceSettings {
+    fn default() -> Self {
+        Self {
+            retention_age: Duration::from_secs(86_400),
+            retention_bytes: 1 << 30,
+            backlog_bytes: 20 << 30,
+            backlog_age: Duration::from_secs(7 * 86_400),
+            drop_oldest: false,
+            key_window: Duration::from_secs(86_400),
+            max_record_bytes: 1 << 20,
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The settle thread: carries durable frames on to the views, makes the views durable, recycles the journal.
+//!
+//! No answer waits for it. Segments are written at once and without a sync; `state.db` commits many changes together. A
+//! checkpoint syncs the segments, then commits `state.db` durably with the segments' lengths, and only then frees
+//! journal files. A failed sync of a view fences the log.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::batch::{Commit, Durable};
+use super::change::{Change, NamespaceNumber, Sequence};
+use super::segment::{SegmentError, SegmentFiles};
+use super::settling::Work;
+use super::shared::Shared;
+use super::space::Space;
+use super::state::{Checkpoint, SegmentMark, State, StateError};
+use super::{retention, scheduled_step};
+use crate::record::Position;
+
+/// Frames and bytes that one transaction of `state.db` takes at most.
+const COMMIT_FRAMES: usize = 20_000;
+const COMMIT_BYTES: usize = 16 << 20;
+/// How often retention is looked at, and a full disk.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How long a full disk is waited for before the next look.
+const FULL_WAIT: Duration = Duration::from_millis(200);
+
+/// What the settle thread owns.
+pub(super) struct Settler {
+    shared: Arc<Shared>,
+    state: State,
+    files: SegmentFiles,
+    /// Applied to `state.db` and not committed yet; applied again after a full disk.
+    open: Vec<Commit>,
+    open_frames: usize,
+    open_bytes: usize,
+    since: Instant,
+    /// Journal bytes since the last checkpoint.
+    unchecked: u64,
+    reached: Sequence,
+    looked: Instant,
+}
+
+enum Stop {
+    /// The log is fenced.
+    Fenced,
+}
+
+impl Settler {
+    pub(super) fn new(shared: Arc<Shared>, state: State, files: SegmentFiles) -> Self {
+        let now = Instant::now();
+        let reached = state.applied();
+        Self {
+            shared,
+            state,
+            files,
+            open: Vec::new(),
+            open_frames: 0,
+            open_bytes: 0,
+            since: now,
+            unchecked: 0,
+            reached,
+            looked: now,
+        }
+    }
+
+    /// Works until the inbox is closed and empty; ends with a checkpoint unless the log is fenced.
+    pub(super) fn run(mut self) {
+        let _ = self.work();
+        self.shared.settling.end();
+        self.shared.nudge_finisher();
+    }
+
+    fn work(&mut self) -> Result<(), Stop> {
+        loop {
+            let timeout = if self.open.is_empty() {
+                LOOK_EVERY
+            } else {
+                self.shared.options.commit_every.saturating_sub(self.since.elapsed())
+            };
+            let Work { commits, wanted, closed } = self.shared.settling.take(self.state.applied(), timeout);
+            for commit in commits {
+                self.take_in(commit)?;
+            }
+            let full = self.open_frames >= COMMIT_FRAMES || self.open_bytes >= COMMIT_BYTES;
+            let ripe = !self.open.is_empty() && self.since.elapsed() >= self.shared.options.commit_every;
+            let asked = wanted > self.state.applied() && self.reached > self.state.applied();
+            let step = self.shared.due.wants_step(self.shared.clock.now());
+            if full || ripe || asked || step || closed {
+                self.commit(false)?;
+            }
+            if step {
+                scheduled_step(&self.shared, &self.state);
+            }
+            if self.unchecked >= self.shared.options.checkpoint_bytes
+                || (closed && self.shared.status.fenced().is_none())
+            {
+                self.commit(true)?;
+            }
+            if self.looked.elapsed() >= LOOK_EVERY {
+                self.looked = Instant::now();
+                self.look();
+            }
+            if closed {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes one durable commit into segments and into the open transaction.
+    fn take_in(&mut self, commit: Commit) -> Result<(), Stop> {
+        if self.open.is_empty() {
+            self.since = Instant::now();
+        }
+        let mut frames = commit.frames.as_slice();
+        for (space, count) in &commit.runs {
+            let (own, rest) = frames.split_at(*count.min(&frames.len()));
+            frames = rest;
+            self.write_segments(space, own, &commit)?;
+        }
+        self.unchecked += commit.bytes.len() as u64;
+        self.reached = self.reached.max(commit.last);
+        self.open_frames += commit.frames.len();
+        self.open_bytes += commit.bytes.len();
+        self.apply(&commit)?;
+        self.shared.settling.settled(commit.bytes.len());
+        if commit.frames.iter().any(|durable| matters(&durable.frame.change)) {
+            self.open.push(commit);
+        } else if let Some(last) = self.open.last_mut() {
+            last.last = last.last.max(commit.last);
+        } else {
+            // Nothing for `state.db`, but the sequence it has reached.
+            self.open.push(Commit { bytes: bytes::Bytes::new(), frames: Vec::new(), runs: Vec::new(), ..commit });
+        }
+        if self.open_frames >= COMMIT_FRAMES || self.open_bytes >= COMMIT_BYTES {
+            self.commit(false)?;
+        }
+        Ok(())
+    }
+
+    fn write_segments(&mut self, space: &Arc<Space>, own: &[Durable], commit: &Commit) -> Result<(), Stop> {
+        let in_order = |durable: &&Durable| {
+            matches!(durable.frame.change, Change::Append { .. } | Change::Release { .. } | Change::Dropped { .. })
+        };
+        let frames: Vec<_> =
+            own.iter().filter(in_order).map(|durable| (&durable.header, &durable.frame, commit.raw(durable))).collect();
+        if !frames.is_empty() {
+            let mut segments = space.segments.lock();
+            let position = frames.iter().find_map(|(_, frame, _)| match frame.change {
+                Change::Append { position, .. } | Change::Release { position, .. } => Some(position),
+                _ => None,
+            });
+            let first = position.unwrap_or(segments.settled().next());
+            loop {
+                match segments.append(&mut self.files, &frames, first) {
+                    Ok(()) => break,
+                    Err(error) => self.storage_failed(&error)?,
+                }
+            }
+            let settled = segments.settled();
+            drop(segments);
+            space.evict(settled, space.passed(), self.shared.options.tail_bytes);
+        }
+        for durable in own {
+            match &durable.frame.change {
+                Change::Trim { first } => self.trim(space, *first)?,
+                Change::NamespaceDeleted => {
+                    self.shared.due.forget(space.number);
+                    let removed = space.segments.lock().remove_all(&mut self.files);
+                    if let Err(error) = removed {
+                        tracing::error!(%error, "the segments of a deleted namespace could not be removed");
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn trim(&mut self, space: &Arc<Space>, first: Position) -> Result<(), Stop> {
+        let trimmed = space.segments.lock().trim(&self.files, first);
+        match trimmed {
+            Ok(_) => Ok(()),
+            Err(error) => self.storage_failed(&error),
+        }
+    }
+
+    /// A full disk is waited for; anything else fences.
+    fn storage_failed(&self, error: &SegmentError) -> Result<(), Stop> {
+        if error.is_full() && self.shared.status.fenced().is_none() {
+            self.shared.status.disk_is_full();
+            std::thread::sleep(FULL_WAIT);
+            return Ok(());
+        }
+        self.shared.fence(&error.to_string());
+        Err(Stop::Fenced)
+    }
+
+    fn state_failed(&mut self, error: &StateError) -> Result<(), Stop> {
+        if error.is_disk_full() && self.shared.status.fenced().is_none() {
+            self.shared.status.disk_is_full();
+            std::thread::sleep(FULL_WAIT);
+            self.state.roll_back();
+            return Ok(());
+        }
+        self.shared.fence(&error.to_string());
+        Err(Stop::Fenced)
+    }
+
+    fn apply(&mut self, commit: &Commit) -> Result<(), Stop> {
+        loop {
+            let applied = self.state.applied();
+            let mut frames = commit.frames.iter().filter(|durable| durable.frame.sequence > applied);
+            let Err(error) = frames.try_for_each(|durable| self.state.apply(&durable.frame)) else { return Ok(()) };
+            self.state_failed(&error)?;
+            self.apply_open()?;
+        }
+    }
+
+    /// Applies again what a roll-back took back.
+    fn apply_open(&mut self) -> Result<(), Stop> {
+        'again: loop {
+            let applied = self.state.applied();
+            let mut failed = None;
+            for durable in self.open.iter().flat_map(|commit| &commit.frames) {
+                if durable.frame.sequence > applied
+                    && let Err(error) = self.state.apply(&durable.frame)
+                {
+                    failed = Some(error);
+                    break;
+                }
+            }
+            let Some(error) = failed else { return Ok(()) };
+            self.state_failed(&error)?;
+            continue 'again;
+        }
+    }
+
+    /// Commits `state.db`; with `durable` it is a checkpoint.
+    fn commit(&mut self, durable: bool) -> Result<(), Stop> {
+        let applied = self.reached;
+        let checkpoint = if durable { Some(self.sync_segments()?) } else { None };
+        if checkpoint.is_none() && applied == self.state.applied() {
+            return Ok(());
+        }
+        while let Err(error) = self.state.commit(applied, checkpoint.as_ref()) {
+            if checkpoint.is_some() && !error.is_disk_full() {
+                self.shared.fence(&error.to_string());
+                return Err(Stop::Fenced);
+            }
+            self.state_failed(&error)?;
+            self.apply_open()?;
+        }
+        self.open.clear();
+        self.open_frames = 0;
+        self.open_bytes = 0;
+        self.since = Instant::now();
+        self.shared.committed.send_replace(applied);
+        self.shared.keys.committed(applied);
+        if checkpoint.is_some() {
+            self.unchecked = 0;
+            let files = &self.shared.files;
+            let freed =
+                files.recycle(applied).map(|_| ()).and_then(|()| files.prepare(self.shared.options.journal_spares));
+            if let Err(error) = freed {
+                if super::is_full(&error) {
+                    self.shared.status.disk_is_full();
+                } else {
+                    self.shared.fence(&format!("recycle journal files: {error}"));
+                    return Err(Stop::Fenced);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the segments durable. Gives what the checkpoint says of them.
+    fn sync_segments(&mut self) -> Result<Checkpoint, Stop> {
+        let spaces: Vec<Arc<Space>> = self.shared.spaces.read().by_number.values().cloned().collect();
+        for space in &spaces {
+            let written = space.segments.lock().write_index(&self.files);
+            if let Err(error) = written {
+                // A sidecar is only a help: without it the segment is read at the next start.
+                tracing::warn!(%error, "a segment's sidecar could not be written");
+            }
+        }
+        if let Err(error) = self.files.sync() {
+            self.shared.fence(&error.to_string());
+            return Err(Stop::Fenced);
+        }
+        let mark = |space: &Arc<Space>| {
+            let segments = space.segments.lock();
+            let (first, length) = segments.active().unwrap_or((Position(0), 0));
+            (segments.settled() > Position(0)).then(|| SegmentMark {
+                namespace: space.number,
+                first,
+                length,
+                end: segments.settled(),
+            })
+        };
+        let mut segments: Vec<SegmentMark> = spaces.iter().filter_map(mark).collect();
+        segments.sort_unstable_by_key(|mark: &SegmentMark| -> NamespaceNumber { mark.namespace });
+        Ok(Checkpoint { segments })
+    }
+
+    fn look(&mut self) {
+        if self.shared.status.is_disk_full() && self.shared.files.prepare(self.shared.options.journal_spares).is_ok() {
+            self.shared.status.disk_has_room();
+        }
+        if let Some(floor) = retention::look(&self.shared)
+            && let Err(error) = self.state.drop_keys_before(floor)
+        {
+            tracing::warn!(%error, "old idempotency keys could not be dropped");
+        }
+    }
+}
+
+/// Whether a change means anything to `state.db`.
+const fn matters(change: &Change) -> bool {
+    !matches!(change, Change::Append { idempotency: None, .. } | Change::Dropped { .. })
+}
