@@ -3,12 +3,13 @@
 //! Takes the value, gives findings by JSON pointer and leaves in the value only what fits, so that the later checks
 //! see all the rest. Never looks at meaning: rules across keys are in `rules`.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use serde_json::{Map, Value};
 
 use super::code::Code;
-use super::expand::child;
+use super::expand::{Written, child, core_type};
 use super::grammar::{self, resolve, type_name};
 use crate::units::{ByteSize, Count, Rate, Span};
 
@@ -39,7 +40,7 @@ pub struct Checked {
 /// Checks a value and prunes it. With `whole` the keys that must be there are asked for. False when the value cannot
 /// stand at all.
 pub fn check(schema: &'static Value, value: &mut Value, pointer: &str, whole: bool, out: &mut Checked) -> bool {
-    let mut walk = Walk { out, whole, unknown: &[] };
+    let mut walk = Walk { out, whole, unknown: &[], written: &BTreeMap::new() };
     walk.value(schema, value, pointer)
 }
 
@@ -51,12 +52,14 @@ struct Walk<'a> {
     whole: bool,
     /// Pointers whose values could not be expanded: their absence is no finding.
     unknown: &'a [String],
+    written: &'a BTreeMap<String, Written>,
 }
 
-/// Checks a whole file. `unknown` names values that could not be expanded; they are reported already.
-pub fn check_file(value: &mut Value, unknown: &[String]) -> Checked {
+/// Checks a whole file. `unknown` names values that could not be expanded; they are reported already. What is exactly
+/// one reference (`written`) takes the type that its place asks for.
+pub fn check_file(value: &mut Value, unknown: &[String], written: &BTreeMap<String, Written>) -> Checked {
     let mut out = Checked::default();
-    let mut walk = Walk { out: &mut out, whole: true, unknown };
+    let mut walk = Walk { out: &mut out, whole: true, unknown, written };
     walk.value(grammar::schema(), value, "");
     out
 }
@@ -160,7 +163,17 @@ impl Walk<'_> {
                 _ => {}
             }
         }
-        match (&mut *value, types.first().copied().unwrap_or_default()) {
+        let expected = types.first().copied().unwrap_or_default();
+        if let Some(text) = self.written.get(pointer).and_then(|written| written.whole.as_deref()) {
+            match (expected, core_type(text)) {
+                ("string", _) => *value = Value::String(text.to_owned()),
+                ("integer" | "number", typed @ Value::Number(_)) | ("boolean", typed @ Value::Bool(_)) => {
+                    *value = typed
+                }
+                _ => {}
+            }
+        }
+        match (&mut *value, expected) {
             (Value::Object(map), "object") => self.map(schema, map, pointer),
             (Value::Array(list), "array") => {
                 let Some(items) = schema.get("items") else { return true };
@@ -436,7 +449,7 @@ mod tests {
 
     fn found(value: &Value) -> Vec<String> {
         let mut value = value.clone();
-        let checked = check_file(&mut value, &[]);
+        let checked = check_file(&mut value, &[], &BTreeMap::new());
         checked
             .findings
             .iter()
@@ -495,7 +508,7 @@ mod tests {
             "source": {"limits": {"record": "big"}, "key": "/id"},
             "sink": {"stdout": null, "batch": {"linger": {}}},
         });
-        let checked = check_file(&mut value, &[]);
+        let checked = check_file(&mut value, &[], &BTreeMap::new());
         assert_eq!(checked.findings.len(), 4, "{:#?}", checked.findings);
         let spec: crate::spec::PipelineSpec = serde_json::from_value(value).unwrap();
         assert_eq!(spec.source.key.as_deref(), Some("/id"));

@@ -4,6 +4,7 @@
 //! pointer, so that whoever prints a value prints what was written.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use saphyr_parser::ScalarStyle;
 use serde_json::Value;
@@ -27,16 +28,24 @@ enum Role {
 }
 
 /// One scalar that held references.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Written {
     /// As it stands in the file.
     pub text: String,
     /// What it referred to.
     pub used: Vec<Used>,
+    /// What it is after expansion, when it is exactly one reference: its type follows from where it stands.
+    pub whole: Option<String>,
 }
 
-/// A file's value, and where it came from outside.
-#[derive(Clone, Debug, Default)]
+impl fmt::Debug for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// A file's value, and where it came from outside. `Debug` leaves the value out: it holds what came from outside.
+#[derive(Clone, Default)]
 pub struct Expansion {
     /// The whole file.
     pub value: Value,
@@ -44,6 +53,15 @@ pub struct Expansion {
     pub written: BTreeMap<String, Written>,
     /// References that cannot be expanded.
     pub problems: Vec<Diagnostic>,
+}
+
+impl fmt::Debug for Expansion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Expansion")
+            .field("written", &self.written)
+            .field("problems", &self.problems)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Expansion {
@@ -111,7 +129,8 @@ impl Walk<'_> {
         let pointer = path.iter().fold(String::new(), |pointer, step| child(&pointer, step));
         match expand(text, self.environment, role == Role::Template) {
             Ok(expanded) => {
-                self.out.written.insert(pointer, Written { text: text.to_owned(), used: expanded.used });
+                let whole = expanded.whole.then(|| expanded.text.clone());
+                self.out.written.insert(pointer, Written { text: text.to_owned(), used: expanded.used, whole });
                 match core_type(&expanded.text) {
                     value @ (Value::Number(_) | Value::Bool(_)) if plain && expanded.whole => value,
                     _ => Value::String(expanded.text),
@@ -137,7 +156,7 @@ impl Walk<'_> {
 }
 
 /// The type of a plain scalar in YAML's core schema, as serde_yaml reads it; what JSON has no number for stays text.
-fn core_type(text: &str) -> Value {
+pub(super) fn core_type(text: &str) -> Value {
     let could_be = text.len() <= 64
         && text.bytes().next().is_none_or(|first| first.is_ascii_digit() || b"+-.~nNtTfF".contains(&first))
         && !text.contains('\n');

@@ -4,6 +4,7 @@
 //! named and those that they name, nothing else; a file that is too large is never read.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -26,8 +27,9 @@ use crate::record::Namespace;
 /// The largest file that is read, in bytes.
 pub const LARGEST_FILE: u64 = 1 << 20;
 
-/// One pipeline file: what it says, where it says it, and what is wrong with it.
-#[derive(Clone, Debug)]
+/// One pipeline file: what it says, where it says it, and what is wrong with it. `Debug` leaves out what may hold
+/// values from outside.
+#[derive(Clone)]
 pub struct Loaded {
     /// Its text, under the name that the user gave.
     pub text: Text,
@@ -45,6 +47,16 @@ pub struct Loaded {
     pub neighbours: Neighbours,
     pub(super) root: Option<Node>,
     pub(super) pruned: Vec<String>,
+}
+
+impl fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loaded")
+            .field("file", self.text.name())
+            .field("namespace", &self.namespace)
+            .field("diagnostics", &self.diagnostics)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The files that a pipeline file names: on disk beside it, or kept from an earlier time.
@@ -134,7 +146,7 @@ pub fn load_text(text: Text, neighbours: Neighbours, environment: &Environment) 
     let unknown: Vec<String> =
         diagnostics.iter().map(|found| found.pointer.clone()).filter(|at| !at.is_empty()).collect();
     let mut value = std::mem::take(&mut expansion.value);
-    let checked = check::check_file(&mut value, &unknown);
+    let checked = check::check_file(&mut value, &unknown, &expansion.written);
 
     let namespace = value.get("namespace").and_then(Value::as_str).and_then(|name| name.parse().ok());
     let mut loaded = Loaded {
@@ -335,7 +347,7 @@ impl Loaded {
 fn discover(paths: &[PathBuf], diagnostics: &mut Vec<Diagnostic>) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for path in paths {
-        let unreadable = |error: &dyn std::fmt::Display| {
+        let unreadable = |error: &dyn fmt::Display| {
             Diagnostic::of_file(Code::Unreadable, &path.display().to_string(), format!("cannot be read: {error}"))
         };
         match fs::metadata(path) {
@@ -461,6 +473,18 @@ mod tests {
         let file = loaded("namespace: a\nsource: { key: /id }\nsink: { file: { path: out/a.ndjson } }\n");
         assert!(file.diagnostics.is_empty(), "{:?}", file.diagnostics);
         assert_eq!(file.spec.unwrap().source.key.as_deref(), Some("/id"));
+    }
+
+    #[test]
+    fn a_reference_takes_the_type_that_its_place_asks_for() {
+        let environment = Environment::new([("N", "12"), ("ID", "0042")].map(|(n, v)| (n.to_owned(), v.to_owned())));
+        let yaml = "namespace: a\nowner: ${ID}\nsink:\n  stdout: {}\n  limits: { concurrency: \"${N}\" }\n  retry:\n    attempts: ${N}\n";
+        let file = load_text(Text::new("a.yaml", yaml), Neighbours::kept(BTreeMap::new()), &environment);
+        assert!(file.diagnostics.is_empty(), "{:?}", file.diagnostics);
+        let spec = file.spec.unwrap();
+        assert_eq!(spec.owner.as_deref(), Some("0042"));
+        assert_eq!(spec.sink.limits.map(|limits| limits.concurrency), Some(12));
+        assert_eq!(spec.sink.retry.and_then(|retry| retry.attempts), Some(12));
     }
 
     #[test]

@@ -186,8 +186,11 @@ impl Reader<'_> {
         }
         let lines = [self.text.line_of(at), self.text.line_of(at).saturating_sub(1)];
         let reference = lines.into_iter().any(|line| unquoted_reference(self.text.line(line)));
+        let environment = lines.into_iter().any(|line| self.text.line(line).contains("${"));
         let help = if reference {
             "put quotes around a text that holds a reference: \"{payload.x}\"".to_owned()
+        } else if environment {
+            "within { } and [ ] a reference to the environment needs quotes: \"${NAME}\"".to_owned()
         } else if [0, 1].iter().any(|next| self.text.line(self.text.line_of(at) + next).contains('\t')) {
             "YAML is indented with spaces; here stands a tab".to_owned()
         } else {
@@ -457,6 +460,24 @@ mod tests {
         assert!(root.get("b").is_some());
         assert_eq!(tree("a: 1\n---\nb: 2\n").unwrap_err().code, Code::Documents);
         assert_eq!(tree("# nothing\n").unwrap_err().code, Code::Documents);
+    }
+
+    #[test]
+    fn the_tree_says_what_serde_yaml_says() {
+        let files = [
+            "a: 1\nb: [x, 2.5, true, ~, 'q', \"d\\n\"]\nc: { d: { e: x } }\n",
+            "x: |\n  one\n  two\ny: >-\n  one\n  two\nz: one\n  two\n",
+            "- a\n- - b\n  - c\n- { d: e }\n",
+            "é: 'it''s'\nn: 0x1F\nf: 1e3\nv: 1.2.3\nk: no\ne:\n",
+        ];
+        for yaml in files {
+            let text = Text::new("a.yaml", yaml);
+            let (root, _) = read(&text).unwrap();
+            let ours =
+                crate::spec::expand::expand_tree(&text, &root, &crate::spec::environment::Environment::default()).value;
+            let theirs: serde_json::Value = serde_yaml::from_str(yaml).unwrap();
+            assert_eq!(ours, theirs, "{yaml}");
+        }
     }
 
     #[test]
