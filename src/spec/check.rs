@@ -3,7 +3,7 @@
 //! Takes the value, gives findings by JSON pointer and leaves in the value only what fits, so that the later checks
 //! see all the rest. Never looks at meaning: rules across keys are in `rules`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 
 use serde_json::{Map, Value};
@@ -43,6 +43,9 @@ pub fn check(schema: &'static Value, value: &mut Value, pointer: &str, whole: bo
     let mut walk = Walk { out, whole, unknown: &[], written: &BTreeMap::new() };
     walk.value(schema, value, pointer)
 }
+
+/// Unknown keys for which a likely meaning is looked up; a file that has more is no pipeline file.
+const EXPLAINED: usize = 100;
 
 /// The types of the sinks' settings.
 const KIND_TYPES: &[&str] = &["StdoutSpec", "FileSpec", "HttpSpec", "RedisSpec"];
@@ -87,6 +90,8 @@ fn shown(value: &Value) -> String {
 /// The known word that was most likely meant.
 pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_lowercase();
+    // No word of the grammar is longer, and comparing costs the product of the lengths.
+    let known = known.filter(|_| word.len() <= 40);
     known
         .map(|candidate| {
             (candidate, strsim::jaro_winkler(&word, candidate), strsim::damerau_levenshtein(&word, candidate))
@@ -167,8 +172,8 @@ impl Walk<'_> {
         if let Some(text) = self.written.get(pointer).and_then(|written| written.whole.as_deref()) {
             match (expected, core_type(text)) {
                 ("string", _) => *value = Value::String(text.to_owned()),
-                ("integer" | "number", typed @ Value::Number(_)) | ("boolean", typed @ Value::Bool(_)) => {
-                    *value = typed
+                ("integer" | "number", fitting @ Value::Number(_)) | ("boolean", fitting @ Value::Bool(_)) => {
+                    *value = fitting
                 }
                 _ => {}
             }
@@ -214,7 +219,8 @@ impl Walk<'_> {
     fn named(&mut self, name: &str, optional: bool, value: &Value, pointer: &str) -> Option<bool> {
         if name == "DelayFor" {
             return Some(match value {
-                Value::String(_) | Value::Number(_) => true,
+                Value::Number(_) => return self.named("Span", optional, value, pointer),
+                Value::String(_) => true,
                 Value::Null if optional => true,
                 other => {
                     let message = format!(
@@ -307,7 +313,7 @@ impl Walk<'_> {
     fn map(&mut self, schema: &'static Value, map: &mut Map<String, Value>, pointer: &str) -> bool {
         let properties = schema.get("properties").and_then(Value::as_object);
         let others = schema.get("additionalProperties");
-        let mut gone = Vec::new();
+        let mut gone = HashSet::new();
         for (key, value) in map.iter_mut() {
             let here = child(pointer, key);
             let fits = if let Some(property) = properties.and_then(|known| known.get(key)) {
@@ -323,12 +329,12 @@ impl Walk<'_> {
                 }
             };
             if !fits {
-                gone.push(key.clone());
+                gone.insert(key.clone());
             }
         }
-        for key in gone {
-            map.shift_remove(&key);
-            self.out.pruned.push(child(pointer, &key));
+        if !gone.is_empty() {
+            map.retain(|key, _| !gone.contains(key));
+            self.out.pruned.extend(gone.iter().map(|key| child(pointer, key)));
         }
         let required = schema.get("required").and_then(Value::as_array);
         let mut fits = true;
@@ -353,6 +359,11 @@ impl Walk<'_> {
     }
 
     fn unknown_key(&mut self, schema: &'static Value, key: &str, value: &Value, pointer: &str) {
+        let key = &*shown(&Value::String(key.to_owned()));
+        if self.out.findings.len() >= EXPLAINED {
+            self.find(Code::UnknownKey, pointer, format!("unknown key '{key}'"), None).at_key = true;
+            return;
+        }
         let parent = pointer.rsplit_once('/').map_or("", |(parent, _)| parent);
         let known: Vec<&'static str> = grammar::properties(schema).map(|(name, _)| name).collect();
         let kinds = known.iter().any(|name| grammar::SINK_KINDS.contains(name)) || known.contains(&"embedded");
@@ -421,7 +432,7 @@ pub fn name_of(pointer: &str) -> String {
     match (steps.next().unwrap_or_default(), steps.next()) {
         ("", _) => "the file".to_owned(),
         (index, Some(list)) if index.bytes().all(|byte| byte.is_ascii_digit()) => format!("'{list}[{index}]'"),
-        (name, _) => format!("'{}'", name.replace("~1", "/").replace("~0", "~")),
+        (name, _) => format!("'{}'", shown(&Value::String(name.replace("~1", "/").replace("~0", "~")))),
     }
 }
 

@@ -15,6 +15,10 @@ use super::text::Text;
 
 /// How much of a long line is shown.
 const WIDEST: usize = 120;
+/// How much of it, on either side, is looked at for credentials.
+const NEIGHBOURHOOD: usize = 500;
+/// The longest message, in characters.
+const LONGEST: usize = 400;
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -82,7 +86,7 @@ impl Diagnostic {
             column: 0,
             pointer: String::new(),
             namespace: None,
-            message: message.into(),
+            message: cut(message.into()),
             excerpt: None,
             help: None,
         }
@@ -110,7 +114,7 @@ impl Diagnostic {
     /// The same with what would be right.
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Self {
-        self.help = Some(help.into());
+        self.help = Some(cut(help.into()));
         self
     }
 
@@ -177,6 +181,15 @@ impl Diagnostic {
     }
 }
 
+/// A text that is not longer than a person reads.
+fn cut(mut text: String) -> String {
+    if let Some((at, _)) = text.char_indices().nth(LONGEST) {
+        text.truncate(at);
+        text.push('…');
+    }
+    text
+}
+
 static CREDENTIALS: LazyLock<Option<Regex>> = LazyLock::new(|| {
     Regex::new(
         r#"(?xi) whsec_ (?<a> [^\s"',}]+ )
@@ -207,11 +220,15 @@ pub fn mask(line: &str) -> String {
 
 /// The part of a line around what is meant.
 fn excerpt(line: &str, before: usize, length: usize) -> Excerpt {
-    let clean: Vec<char> = mask(line).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    // Only the neighbourhood is looked at: a line may be a mebibyte long, and hold a thousand problems.
+    let skipped = before.saturating_sub(NEIGHBOURHOOD);
+    let near: String = line.chars().skip(skipped).take(2 * NEIGHBOURHOOD).collect();
+    let before = before - skipped;
+    let clean: Vec<char> = mask(&near).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let from = if before + 20 > WIDEST { before.saturating_sub(WIDEST / 2) } else { 0 };
     let shown: String = clean.iter().skip(from).take(WIDEST).collect();
     let before = before - from;
-    let (head, tail) = (if from > 0 { "…" } else { "" }, if clean.len() > from + WIDEST { "…" } else { "" });
+    let (head, tail) = (if from + skipped > 0 { "…" } else { "" }, if clean.len() > from + WIDEST { "…" } else { "" });
     Excerpt {
         text: format!("{head}{}{tail}", shown.trim_end()),
         before: before + head.chars().count(),

@@ -14,6 +14,9 @@ use super::environment::{Environment, Used, expand};
 use super::text::Text;
 use super::tree::{Content, Node};
 
+/// References that cannot be expanded and are told.
+const MOST_PROBLEMS: usize = 100;
+
 /// What a scalar is to the parts that read it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
@@ -137,7 +140,7 @@ impl Walk<'_> {
                 }
             }
             Err(bad) => {
-                for bad in bad {
+                for bad in bad.into_iter().take(MOST_PROBLEMS.saturating_sub(self.out.problems.len())) {
                     // The scalar's own text may differ from the file's (escapes, folding): find the reference there.
                     let reference = text.get(bad.range).unwrap_or_default();
                     let written = self.text.slice(node.range.clone());

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use saphyr_parser::ScalarStyle;
 use serde_json::Value;
+use serde_path_to_error::Segment;
 
 use super::check::{self, Finding};
 use super::code::Code;
@@ -26,6 +27,9 @@ use crate::record::Namespace;
 
 /// The largest file that is read, in bytes.
 pub const LARGEST_FILE: u64 = 1 << 20;
+
+/// Problems of one file that are told; a file that has more is no pipeline file.
+const MOST_PROBLEMS: usize = 100;
 
 /// One pipeline file: what it says, where it says it, and what is wrong with it. `Debug` leaves out what may hold
 /// values from outside.
@@ -140,7 +144,8 @@ pub fn load_text(text: Text, neighbours: Neighbours, environment: &Environment) 
             return Loaded { diagnostics, ..Loaded::broken(text, neighbours) };
         }
     };
-    let mut diagnostics: Vec<Diagnostic> = faults.into_iter().map(|fault| of_fault(&text, fault)).collect();
+    let mut diagnostics: Vec<Diagnostic> =
+        faults.into_iter().take(MOST_PROBLEMS).map(|fault| of_fault(&text, fault)).collect();
     let mut expansion = expand_tree(&text, &root, environment);
     diagnostics.append(&mut expansion.problems);
     let unknown: Vec<String> =
@@ -160,15 +165,17 @@ pub fn load_text(text: Text, neighbours: Neighbours, environment: &Environment) 
         root: Some(root),
         pruned: checked.pruned,
     };
-    for finding in &checked.findings {
+    for finding in checked.findings.iter().take(MOST_PROBLEMS) {
         let diagnostic = loaded.of_finding(finding);
         loaded.diagnostics.push(diagnostic);
     }
     match serde_path_to_error::deserialize::<_, PipelineSpec>(filled(&value)) {
         Ok(spec) => loaded.spec = Some(spec),
         Err(error) if loaded.diagnostics.is_empty() => {
-            let pointer = error.path().iter().fold(String::new(), |pointer, step| child(&pointer, &step.to_string()));
-            let pointer = pointer.replace("/[", "/").replace(']', "");
+            let pointer = error.path().iter().fold(String::new(), |pointer, step| match step {
+                Segment::Seq { index } => child(&pointer, &index.to_string()),
+                step => child(&pointer, &step.to_string()),
+            });
             let diagnostic = loaded.diagnostic(Code::Refused, &pointer, false, error.inner().to_string());
             loaded.diagnostics.push(diagnostic);
         }
@@ -333,6 +340,13 @@ impl Loaded {
         }
         self.diagnostics.sort_by_key(|diagnostic| (diagnostic.severity, diagnostic.line, diagnostic.column));
         self.diagnostics.dedup();
+        let more = self.diagnostics.len().saturating_sub(MOST_PROBLEMS);
+        if let (1.., Some(next)) = (more, self.diagnostics.get(MOST_PROBLEMS)) {
+            let message = format!("{more} more problems in this file, the next in line {}", next.line);
+            let rest = Diagnostic::of_file(next.code, self.text.name(), message);
+            self.diagnostics.truncate(MOST_PROBLEMS);
+            self.diagnostics.push(Diagnostic { namespace, ..rest });
+        }
     }
 
     /// True when something at, in or directly around a pointer was taken out: what is missing there was reported.

@@ -17,6 +17,9 @@ use super::load::Loaded;
 use super::{PipelineSpec, StageSpec};
 use crate::units::ByteSize;
 
+/// Problems that are told; a file that has more is no pipeline file.
+const MOST_PROBLEMS: usize = 101;
+
 /// The largest payload that may be allowed.
 const LARGEST_RECORD: ByteSize = ByteSize(16 << 20);
 
@@ -71,13 +74,13 @@ struct Rules<'a> {
 
 impl Rules<'_> {
     fn error(&mut self, code: Code, pointer: &str, at_key: bool, message: impl Into<String>, help: &str) {
-        if !self.file.is_pruned(pointer) {
+        if self.found.len() < MOST_PROBLEMS && !self.file.is_pruned(pointer) {
             self.found.push(self.file.diagnostic(code, pointer, at_key, message).help(help));
         }
     }
 
     fn warning(&mut self, code: Code, pointer: &str, message: impl Into<String>, help: &str) {
-        if !self.file.is_pruned(pointer) {
+        if self.found.len() < MOST_PROBLEMS && !self.file.is_pruned(pointer) {
             self.found.push(self.file.diagnostic(code, pointer, true, message).help(help).warning());
         }
     }

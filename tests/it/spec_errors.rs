@@ -200,6 +200,14 @@ sink:
         &[("effect.yaml", "namespace: effect\nsink:\n  stdout: {}\n  otherwise: drop\n  limits: { burst: 5 }\n")],
     ),
     (
+        "a number that is far too large",
+        &[],
+        &[
+            ("refused.yaml", "namespace: refused\ndelay: { for: -5 }\nsink: { stdout: {} }\n"),
+            ("large.yaml", "namespace: large\nsink: { stdout: {}, retry: { attempts: 5000000000 } }\n"),
+        ],
+    ),
+    (
         "a schema that is none",
         &[],
         &[("schema.yaml", "namespace: schema\nsource: { schema: none.json }\nsink: { stdout: {} }\n")],
@@ -253,7 +261,7 @@ fn every_code_is_seen_at_least_once() {
         .map(|found| found.code)
         .collect();
     // Those that need a file which cannot stand in a list of texts are seen by the unit tests of `spec::load`.
-    let elsewhere = [Code::Unreadable, Code::TooLarge, Code::NotUtf8, Code::NoFiles, Code::Refused, Code::SinkSetting];
+    let elsewhere = [Code::Unreadable, Code::TooLarge, Code::NotUtf8, Code::NoFiles, Code::SinkSetting];
     let missing: Vec<&Code> =
         Code::ALL.iter().filter(|code| !seen.contains(code) && !elsewhere.contains(code)).collect();
     assert!(missing.is_empty(), "{missing:?}");
@@ -302,6 +310,23 @@ fn a_file_of_a_hundred_megabytes_is_refused_unread() {
     fs::File::create(&path).unwrap().set_len(100 << 20).unwrap();
     let found = dry_run(&[path], &Environment::default());
     assert_eq!((found.diagnostics[0].code, found.exit_code()), (Code::TooLarge, 78));
+}
+
+/// A mebibyte of mistakes is told in a moment, and in words that a person can read.
+#[test]
+fn a_file_of_nothing_but_mistakes_has_an_end() {
+    let keys = (0..9_000).map(|n| format!("wrong{n}-{}: 1", "x".repeat(80))).collect::<Vec<_>>().join(", ");
+    let references = "\"${NONE}${odd-one}\", ".repeat(9_000);
+    let long = format!("\"{}\": 1", "y".repeat(500_000));
+    for yaml in [
+        format!("{{ namespace: a, {keys} }}"),
+        format!("namespace: a\nsink: {{ redis: {{ cases: [{references}] }} }}"),
+        format!("namespace: a\n{long}\nsink: {{ stdout: {{}} }}"),
+    ] {
+        let (found, text) = run(&[], &[("x.yaml", &yaml)]);
+        assert!((1..=101).contains(&found.diagnostics.len()), "{}", found.diagnostics.len());
+        assert!(text.len() < 101 * 2_000, "{}", text.len());
+    }
 }
 
 /// Text made of the words that pipeline files are made of, in any order.
