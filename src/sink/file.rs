@@ -50,6 +50,8 @@ pub(super) fn check(spec: &FileSpec) -> Vec<SpecFault> {
 /// Lines in files that a template names.
 pub struct FileSink {
     path: Template,
+    /// The folder that is the same for every record; `None` where the whole path is.
+    folder: Option<PathBuf>,
     context: SinkContext,
     files: Arc<Mutex<OpenFiles>>,
 }
@@ -88,7 +90,11 @@ impl FileSink {
             pointer: "/path".into(),
             message: error.message,
         })?;
-        Ok(Self { path, context: context.clone(), files: Arc::default() })
+        let folder = (!path.is_literal()).then(|| {
+            let prefix = path.literal_prefix();
+            context.folder.join(prefix.rfind('/').and_then(|end| prefix.get(..=end)).unwrap_or("."))
+        });
+        Ok(Self { path, folder, context: context.clone(), files: Arc::default() })
     }
 
     fn prepare(&self, batch: &[Operation]) -> Prepared {
@@ -124,8 +130,8 @@ impl Sink for FileSink {
         async move {
             let prepared = self.prepare(batch);
             let files = self.files.clone();
-            let literal = self.path.is_literal();
-            let written = tokio::task::spawn_blocking(move || put(&files, prepared, literal)).await;
+            let folder = self.folder.clone();
+            let written = tokio::task::spawn_blocking(move || put(&files, prepared, folder.as_deref())).await;
             let failed = written.unwrap_or_else(|_| Some((0, Failure::new(Verdict::Down, "the write was stopped"))));
             Written { failed: failed.into_iter().collect() }
         }
@@ -134,7 +140,7 @@ impl Sink for FileSink {
 }
 
 /// Writes and syncs; gives the first operation that failed.
-fn put(files: &Mutex<OpenFiles>, prepared: Prepared, literal: bool) -> Option<(usize, Failure)> {
+fn put(files: &Mutex<OpenFiles>, prepared: Prepared, folder: Option<&Path>) -> Option<(usize, Failure)> {
     let mut files = files.lock();
     let mut failed = prepared.refused;
     // A file that cannot be opened is found before anything is written, so that nothing behind it is written twice.
@@ -142,7 +148,7 @@ fn put(files: &Mutex<OpenFiles>, prepared: Prepared, literal: bool) -> Option<(u
         if let Err(error) = files.open(path) {
             let earlier = failed.as_ref().is_some_and(|(index, _)| *index < lines.first);
             if !earlier {
-                failed = Some((lines.first, judge(path, &error, literal)));
+                failed = Some((lines.first, judge(path, &error, folder)));
             }
             break;
         }
@@ -150,15 +156,16 @@ fn put(files: &Mutex<OpenFiles>, prepared: Prepared, literal: bool) -> Option<(u
     let end = failed.as_ref().map_or(usize::MAX, |(index, _)| *index);
     for (path, lines) in prepared.files.iter().filter(|(_, lines)| lines.first < end) {
         if let Err(error) = files.append(path, lines.before(end)) {
-            return Some((lines.first, judge(path, &error, literal)));
+            return Some((lines.first, judge(path, &error, folder)));
         }
     }
     failed
 }
 
 /// What a file's error means: an outage of the disk, or a record whose values name a file that cannot be.
-fn judge(path: &Path, error: &FileError, literal: bool) -> Failure {
-    let verdict = if error.is_about_the_name() && !literal { Verdict::Never } else { Verdict::Down };
+fn judge(path: &Path, error: &FileError, folder: Option<&Path>) -> Failure {
+    let of_the_record = error.is_about_the_name() && folder.is_some_and(Path::is_dir);
+    let verdict = if of_the_record { Verdict::Never } else { Verdict::Down };
     Failure::new(verdict, format!("{}: {error}", path.display().to_string().escape_debug()))
 }
 

@@ -8,5 +8,6 @@ mod quickstart;
 mod real_data;
 mod reload;
 mod shutdown;
+mod sink_conformance;
 mod spec_errors;
 mod tree;
