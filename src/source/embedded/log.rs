@@ -121,6 +121,19 @@ impl Embedded {
         self.shared.status.health()
     }
 
+    /// Waits until a write or sync has failed for good, and gives why. The process should end then.
+    pub async fn fenced(&self) -> Arc<str> {
+        let mut stopped = self.shared.stopped.subscribe();
+        loop {
+            if let Some(reason) = self.shared.status.fenced() {
+                return reason;
+            }
+            if stopped.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// What a scrape reads.
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
