@@ -160,6 +160,19 @@ impl Keys {
         if self.0.filter.read().may_have(&hash) { Reserve::Ask(reservation) } else { Reserve::New(reservation) }
     }
 
+    /// A key that the journal has and the store may not have yet, at a start.
+    pub fn recall(
+        &self,
+        namespace: NamespaceNumber,
+        key: &IdempotencyKey,
+        (id, written_at, due_at): (RecordId, Timestamp, Option<Timestamp>),
+        sequence: Sequence,
+    ) {
+        let hash = key_hash(namespace, &key.key);
+        let entry = Entry::Kept { fingerprint: key.fingerprint, id, written_at, due_at };
+        self.end(&hash, Some((sequence, entry)));
+    }
+
     /// The store has committed everything up to `applied`: what it shows need not be remembered here.
     pub fn committed(&self, applied: Sequence) {
         let mut known = self.0.known.lock();

@@ -295,6 +295,14 @@ fn remember(shared: &Arc<Shared>, commit: &Commit, applied: Sequence) {
             space.publish(entry, durable.header.frame_bytes() as u64, frame.time);
             space.assigned.fetch_max(position.0, std::sync::atomic::Ordering::AcqRel);
         }
+        if let Change::Append { idempotency: Some(key), record, .. }
+        | Change::Park { idempotency: Some(key), record, .. } = &frame.change
+            && frame.sequence > applied
+            && let Ok(record) = Record::decode(record)
+        {
+            let answer = (record.id, record.written_at, record.due_at);
+            shared.keys.recall(frame.namespace, key, answer, frame.sequence);
+        }
         let counted = matches!(
             frame.change,
             Change::Park { .. } | Change::Release { .. } | Change::Cancel { .. } | Change::Move { .. }
