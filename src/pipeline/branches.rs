@@ -8,9 +8,8 @@ use serde_json::{Map, Value};
 
 use super::make::Maker;
 use super::plan::{BatchPlan, BranchPlan};
-use crate::record::TargetKind;
 use crate::retry::Retry;
-use crate::sink::Kind;
+use crate::sink::{self, Kind};
 use crate::source::BranchName;
 use crate::spec::check::{Checked, check};
 use crate::spec::code::Code;
@@ -206,7 +205,7 @@ impl Branches<'_, '_> {
     }
 
     fn kind(&mut self, sink: &SinkHere, region: Option<&str>) -> Option<Kind> {
-        let (_, settings) = self.settings(sink, region)?;
+        let (over, settings) = self.settings(sink, region)?;
         let here = child(&sink.pointer, sink.kind);
         let kind = match sink.kind {
             "stdout" => Kind::Stdout(self.read(settings, &here)?),
@@ -214,7 +213,22 @@ impl Branches<'_, '_> {
             "http" => Kind::Http { spec: self.read(settings, &here)?, batched: sink.arm.batch.is_some() },
             _ => Kind::Redis(self.read(settings, &here)?),
         };
+        self.faults(&kind, &over, &here);
         Some(kind)
+    }
+
+    /// What the sink's own check says, at the override's place where the region gave the field.
+    fn faults(&mut self, kind: &Kind, over: &str, here: &str) {
+        let loaded = self.maker.loaded;
+        for fault in sink::check(kind) {
+            let field = fault.pointer.split('/').nth(1).unwrap_or_default();
+            let overridden = !over.is_empty() && loaded.value.pointer(&format!("{over}/{field}")).is_some();
+            let pointer = format!("{}{}", if overridden { over } else { here }, fault.pointer);
+            if !loaded.is_pruned(&pointer) {
+                let found = loaded.diagnostic(Code::SinkSetting, &pointer, false, fault.message);
+                self.maker.found.push(found.help(fault.help));
+            }
+        }
     }
 
     fn read<T: DeserializeOwned>(&mut self, settings: Value, pointer: &str) -> Option<T> {
@@ -233,9 +247,15 @@ impl Branches<'_, '_> {
     fn branch(&mut self, sink: &SinkHere, region: &RegionHere<'_>) -> Option<BranchPlan> {
         let kind = self.kind(sink, region.name)?;
         let arm = &sink.arm;
+        if let Some(also) = arm.dead_letters.as_ref().and_then(|letters| letters.also.as_ref()) {
+            let own = format!("{}/dead_letters", sink.pointer);
+            let set_here = self.maker.loaded.value.pointer(&own).is_some();
+            let here = format!("{}/also/file", if set_here { own.as_str() } else { "/sink/dead_letters" });
+            self.faults(&Kind::File(also.file.clone()), "", &here);
+        }
         let limits = arm.limits.clone().unwrap_or_default();
         let http = sink.kind == "http";
-        let schedule = if http { Retry::webhook() } else { Retry::nearby() };
+        let schedule = sink::retry_default(&kind);
         let batch = arm.batch.clone().unwrap_or_else(|| BatchSpec {
             records: if http { 1 } else { BatchSpec::default().records },
             ..BatchSpec::default()
@@ -243,6 +263,7 @@ impl Branches<'_, '_> {
         let was_region = region.spec.and_then(|region| region.was.as_deref());
         let was = (arm.was.is_some() || was_region.is_some())
             .then(|| BranchName::new(arm.was.as_deref().unwrap_or(&sink.name), was_region.or(region.name)));
+        let target = arm.target.unwrap_or_else(|| sink::target_kind(&kind));
         Some(BranchPlan {
             name: BranchName::new(&sink.name, region.name),
             sink: sink.name.as_str().into(),
@@ -252,11 +273,7 @@ impl Branches<'_, '_> {
             transforms: [region.transform.clone(), sink.transform.clone()],
             kind,
             cases: sink.cases.clone(),
-            target: arm.target.unwrap_or(match sink.kind {
-                "http" => TargetKind::Http,
-                "redis" => TargetKind::Cache,
-                _ => TargetKind::FileSystem,
-            }),
+            target,
             rate: limits
                 .rate
                 .map(|rate| (rate.per_second(), limits.burst.unwrap_or_else(|| one_second(rate.per_second())))),

@@ -14,9 +14,9 @@ use super::plan::{BranchPlan, Plan, Routing, SourceKind};
 use crate::delay::DelayRule;
 use crate::record::TargetKind;
 use crate::retry::{Jitter, Retry};
-use crate::sink::Kind;
-use crate::sink::http::HttpSpec;
+use crate::sink::http::{HttpSpec, verdict_table};
 use crate::sink::redis::{RedisCommand, RedisSpec};
+use crate::sink::{Kind, delivered_note};
 use crate::spec::diagnostic::mask;
 use crate::spec::expand::child;
 use crate::spec::sink::{OnDeadLetter, Ordering, Otherwise, StartSpec};
@@ -95,9 +95,10 @@ fn word<T: Serialize>(value: T) -> String {
     }
 }
 
-/// Text on one line, cut.
+/// Text on one line without its comments, cut.
 fn brief(text: &str) -> String {
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let line = code.flat_map(str::split_whitespace).collect::<Vec<_>>().join(" ");
     if line.chars().count() > 100 { format!("{}…", line.chars().take(99).collect::<String>()) } else { line }
 }
 
@@ -235,13 +236,13 @@ impl Describe<'_> {
         let branch = self.branch;
         let (kind, mut facts) = match &branch.kind {
             Kind::Stdout(_) => ("stdout", vec![fact("to", "a line of JSON on standard output for each record")]),
-            Kind::File(file) => (
-                "file",
-                vec![fact("to", format!("a line in {}, synced before it counts", self.shown("path", &file.path)))],
-            ),
+            Kind::File(file) => {
+                ("file", vec![fact("to", format!("a line for each record in {}", self.shown("path", &file.path)))])
+            }
             Kind::Http { spec, batched } => ("http", self.http(spec, *batched)),
             Kind::Redis(redis) => ("redis", self.redis(redis)),
         };
+        facts.extend(delivered_note(&branch.kind).into_iter().map(|says| fact("delivery", says)));
         if let Some(was) = &branch.was {
             facts.push(fact("was", format!("{was}: its progress goes on here")));
         }
@@ -372,7 +373,7 @@ impl Describe<'_> {
         let timeout = spec.timeout.map_or_else(|| "30s".to_owned(), |span| span.to_string());
         let connect = spec.connect_timeout.map_or_else(|| "5s".to_owned(), |span| span.to_string());
         facts.push(fact("time-outs", format!("{timeout} for an answer, {connect} to connect")));
-        for row in verdicts(spec) {
+        for row in verdict_table(spec) {
             facts.push(fact("verdicts", row));
         }
         facts
@@ -416,26 +417,6 @@ fn target(target: TargetKind) -> String {
 fn trim(rate: f64) -> String {
     let text = format!("{rate:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
-}
-
-/// What each status means, the file's own words included.
-fn verdicts(spec: &HttpSpec) -> Vec<String> {
-    let mut rows: Vec<String> = [
-        ("2xx", "delivered"),
-        ("400 409 413 422, other 4xx", "refused: dead letter, no retry"),
-        ("429, 503 with Retry-After", "tried again after that time"),
-        ("408, 500, other 5xx, a time-out", "tried again"),
-        ("401 403 404 405 502 503 504, no connection", "the target is down: the branch waits, no attempt is lost"),
-    ]
-    .iter()
-    .map(|(status, means)| format!("{status}: {means}"))
-    .collect();
-    if !spec.verdicts.is_empty() {
-        let own =
-            spec.verdicts.iter().map(|(status, verdict)| format!("{status} {}", word(verdict))).collect::<Vec<_>>();
-        rows.push(format!("the file says otherwise: {}", own.join(", ")));
-    }
-    rows
 }
 
 /// The schedule, wait by wait.
