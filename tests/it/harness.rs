@@ -68,12 +68,16 @@ impl Place {
         self.folder.path().join(name)
     }
 
+    /// A file here, opened for more at its end.
+    pub fn file(&self, name: &str) -> File {
+        File::options().create(true).append(true).open(self.path(name)).unwrap()
+    }
+
     /// Starts walflow and does not wait for it.
     pub fn spawn(&self) -> Running {
         let address = self.path("address");
         let _ = fs::remove_file(&address);
-        let log = File::options().create(true).append(true).open(self.path("log")).unwrap();
-        let out = File::options().create(true).append(true).open(self.path("stdout")).unwrap();
+        let (log, out) = (self.file("log"), self.file("stdout"));
         let mut command = self.command(&["run"]);
         if !self.args.iter().any(|arg| !arg.starts_with('-') && Path::new(arg).exists()) {
             command.arg("pipelines");
@@ -133,6 +137,11 @@ pub struct Running {
 }
 
 impl Running {
+    /// A process that was started by hand; `log` is where it writes.
+    pub fn of(child: Child, place: &Place, log: &str) -> Self {
+        Self { child, url: String::new(), client: client(), address: place.path("address"), log: place.path(log) }
+    }
+
     /// Waits until it is ready to take writes.
     pub async fn until_ready(&mut self) {
         let deadline = Instant::now() + PATIENCE;

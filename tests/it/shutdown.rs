@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::harness::{Place, Receiver, until, until_status};
+use crate::harness::{Place, Receiver, Running, until, until_status};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_with_a_dead_target_ends_well_and_in_time_and_loses_nothing() {
@@ -35,14 +35,20 @@ async fn a_stop_with_a_dead_target_ends_well_and_in_time_and_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_lets_what_was_acknowledged_reach_a_target_that_lives() {
+async fn an_orderly_stop_and_start_repeat_nothing_and_lose_nothing() {
     let place = Place::new().pipeline("p.yaml", "namespace: drained\nsink: { file: { path: out.ndjson } }\n");
-    let mut running = place.start().await;
-    for n in 0..200 {
-        running.accepted("drained", None, json!({ "n": n })).await;
+    for round in 0..3 {
+        let mut running = place.start().await;
+        for n in 0..200 {
+            running.accepted("drained", None, json!(round * 200 + n)).await;
+        }
+        assert_eq!(running.stop().await.code(), Some(0));
     }
-    assert_eq!(running.stop().await.code(), Some(0));
-    assert_eq!(place.lines("out.ndjson").len(), 200);
+    let running = place.start().await;
+    until_status(&running, "drained", "the rest", |status| status["branches"][0]["lagRecords"] == 0).await;
+    let mut lines: Vec<u64> = place.lines("out.ndjson").iter().map(|line| line.parse().unwrap()).collect();
+    lines.sort_unstable();
+    assert_eq!(lines, (0..600).collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -63,9 +69,11 @@ async fn a_second_signal_ends_it_at_once() {
 async fn a_second_process_on_the_same_data_says_so_and_leaves() {
     let place = Place::new().pipeline("p.yaml", "namespace: mine\nsink: { file: { path: out.ndjson } }\n");
     let running = place.start().await;
-    let second = place.command(&["run", "pipelines", "--listen", "127.0.0.1:0"]).output().unwrap();
-    let said = String::from_utf8_lossy(&second.stderr);
-    assert_eq!(second.status.code(), Some(75), "{said}");
+    let mut second = place.command(&["run", "pipelines", "--listen", "127.0.0.1:0"]);
+    let mut second = Running::of(second.stderr(place.file("second")).spawn().unwrap(), &place, "second");
+    let status = second.ended(Duration::from_secs(20)).await;
+    let said = second.log();
+    assert_eq!(status.code(), Some(75), "{said}");
     assert!(said.contains(&running.pid().to_string()) && said.contains("data"), "{said}");
     running.accepted("mine", None, json!({})).await;
 }
