@@ -52,6 +52,11 @@ impl Frontier {
         self.base
     }
 
+    /// Positions beyond the frontier that have ended already.
+    pub fn ended_beyond(&self) -> impl Iterator<Item = Position> {
+        self.open.iter().filter(|(_, open)| **open == 0).map(|(position, _)| *position)
+    }
+
     /// How many positions are read and not yet behind the frontier.
     pub fn in_flight(&self) -> usize {
         self.open.len()

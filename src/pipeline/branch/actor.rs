@@ -39,7 +39,7 @@ const TICK: Duration = Duration::from_millis(250);
 pub(super) enum Ended {
     Drained,
     /// The sink must be made anew.
-    Replanned(Arc<BranchPlan>),
+    Replanned(Arc<BranchPlan>, HashSet<Position>),
 }
 
 type Reading = BoxFuture<'static, (Box<dyn Subscription>, Result<Vec<Prepared>, LogError>)>;
@@ -79,6 +79,8 @@ pub(super) struct Actor {
     style: BatchStyle,
     pace: Pace,
     ended: HashSet<RowKey>,
+    /// Beyond the stored cursor, ended under an earlier plan of this run.
+    passed: HashSet<Position>,
     first_rows: HashMap<Box<str>, RowKey>,
     batches: FuturesUnordered<BoxFuture<'static, BatchDone>>,
     settles: FuturesUnordered<BoxFuture<'static, (Result<(), LogError>, Settled)>>,
@@ -99,6 +101,7 @@ pub(super) async fn run(
     plan: Arc<BranchPlan>,
     board: Arc<Board>,
     commands: Arc<tokio::sync::Mutex<mpsc::Receiver<Command>>>,
+    passed: HashSet<Position>,
 ) -> Result<Ended, LogError> {
     let mut commands = commands.lock().await;
     let start = deps.log.open_branch(&plan.name, deps.start).await?;
@@ -135,6 +138,7 @@ pub(super) async fn run(
         pace: Pace::new(plan.rate, Instant::now()),
         sink,
         ended: start.ended,
+        passed,
         first_rows: start.lanes.into_iter().map(|lane| (lane.lane, lane.first)).collect(),
         batches: FuturesUnordered::new(),
         settles: FuturesUnordered::new(),
@@ -192,7 +196,9 @@ impl Actor {
             tokio::select! {
                 Some(command) = commands.recv(), if !self.draining => {
                     if let Some(newer) = self.obey(command).await {
-                        return Ok(Ended::Replanned(newer));
+                        // What has ended beyond the frontier has ended under the new plan too.
+                        let ended = self.frontier.ended_beyond().chain(self.passed.drain()).collect();
+                        return Ok(Ended::Replanned(newer, ended));
                     }
                 }
                 Some(done) = self.batches.next(), if !self.batches.is_empty() => self.finished(done),
@@ -264,6 +270,10 @@ impl Actor {
         for Prepared { position, record, parts, dropped } in prepared {
             self.read_to = position;
             self.frontier.begin(position);
+            if self.passed.remove(&position) {
+                self.frontier.end(position);
+                continue;
+            }
             self.frontier.split(position, u32::try_from(parts.len()).unwrap_or(u32::MAX).max(1));
             if parts.is_empty() {
                 if let Some(reason) = dropped {

@@ -15,6 +15,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -165,15 +166,17 @@ async fn keep_running(
 ) {
     let mut wait = Duration::from_millis(100);
     let commands = Arc::new(tokio::sync::Mutex::new(commands));
+    let mut passed = HashSet::new();
     loop {
         let name = plan.name.clone();
         // A task of its own, so that a panic ends the attempt and not the branch.
-        let run = actor::run(deps.clone(), Arc::clone(&plan), Arc::clone(&board), Arc::clone(&commands));
+        let run = actor::run(deps.clone(), Arc::clone(&plan), Arc::clone(&board), Arc::clone(&commands), std::mem::take(&mut passed));
         let mut attempt = AbortOnDrop(tokio::spawn(run));
         match (&mut attempt.0).await {
             Ok(Ok(actor::Ended::Drained)) => return,
-            Ok(Ok(actor::Ended::Replanned(newer))) => {
+            Ok(Ok(actor::Ended::Replanned(newer, ended))) => {
                 plan = newer;
+                passed = ended;
                 continue;
             }
             Ok(Err(LogError::Closed(reason))) => {
