@@ -1,15 +1,16 @@
-//! From text to a [`Program`]: the engine that all scripts share, and what a script's error looks like.
-//!
-//! Takes the text with its place in the file; gives programs, or errors whose line and column count within the text.
+//! From text to a [`Program`]: takes the text with its place in the file and what it may see; gives programs, or errors
+//! whose line and column count within the text. Reads no file and runs nothing.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use rhai::{AST, Dynamic, Engine, Scope};
+use rhai::{Engine, Scope};
 
-use super::{DelayValue, Event, Expression, Fault, Outcome, Predicate, Transform};
-use crate::clock::{Clock, Timestamp};
+use super::guard::Surroundings;
+use super::program::Program;
+use super::{Expression, Predicate, Transform, engine, scan};
+use crate::clock::Clock;
 use crate::record::Namespace;
 
 /// What a stage does with an event.
@@ -81,7 +82,7 @@ impl Compiler {
     /// Makes the engine. `environment` is all that `env("NAME")` can ever see; each stage sees what its own list allows.
     pub fn new(clock: Clock, environment: BTreeMap<String, String>) -> Self {
         Self {
-            engine: Arc::new(Engine::new_raw()),
+            engine: Arc::new(engine::build()),
             clock,
             environment: Arc::new(environment),
             namespace: "".into(),
@@ -133,14 +134,27 @@ impl Compiler {
         kind: StageKind,
         text: &str,
         place: &Place,
-        _env: &[String],
+        env: &[String],
     ) -> Result<Program, CompileError> {
-        let ast = self.engine.compile(text).map_err(|error| CompileError {
+        let refuse = |message: String, position: rhai::Position| CompileError {
             stage: name.into(),
-            message: error.0.to_string().into(),
-            line: error.1.line().unwrap_or(1),
-            column: error.1.position().unwrap_or(1),
-        })?;
+            message: message.into(),
+            line: position.line().unwrap_or(1),
+            column: position.position().unwrap_or(1),
+        };
+        if text.len() > engine::MAX_TEXT {
+            let (got, most) = (text.len() >> 10, engine::MAX_TEXT >> 10);
+            return Err(refuse(format!("the script has {got} KiB; at most {most} are taken"), rhai::Position::NONE));
+        }
+        let ast = self
+            .engine
+            .compile_with_scope(&names(), text)
+            .map_err(|error| refuse(error.err_type().to_string(), error.position()))?;
+        if kind == StageKind::Filter && text.trim().is_empty() {
+            return Err(refuse("the expression is empty".to_owned(), rhai::Position::NONE));
+        }
+        let allowed =
+            |name: &String| (name.as_str().into(), self.environment.get(name).map(|value| value.as_str().into()));
         Ok(Program {
             name: name.into(),
             kind,
@@ -148,97 +162,22 @@ impl Compiler {
             place: place.clone(),
             ast,
             engine: Arc::clone(&self.engine),
-            clock: self.clock.clone(),
+            uses: scan::uses(text),
+            around: Arc::new(Surroundings {
+                clock: self.clock.clone(),
+                namespace: Arc::clone(&self.namespace),
+                env: env.iter().map(allowed).collect(),
+                record_limit: self.record_limit,
+            }),
         })
     }
 }
 
-/// One compiled text with all that it needs to run.
-pub(super) struct Program {
-    name: Box<str>,
-    kind: StageKind,
-    text: Arc<str>,
-    place: Place,
-    ast: AST,
-    engine: Arc<Engine>,
-    clock: Clock,
-}
-
-impl Program {
-    pub(super) fn name(&self) -> &str {
-        &self.name
+/// What a script may name without declaring it.
+fn names() -> Scope<'static> {
+    let mut names = Scope::new();
+    for name in ["payload", "key", "headers", "record"] {
+        names.push(name, ());
     }
-
-    pub(super) fn text(&self) -> &str {
-        &self.text
-    }
-
-    fn fault(&self, message: impl fmt::Display) -> Fault {
-        Fault { stage: self.name.clone(), message: format!("{}: {message}", self.place.file).into() }
-    }
-
-    fn eval(&self, event: &Event) -> Result<(Dynamic, Dynamic), Fault> {
-        let _ = self.clock.now();
-        let value = event.json().map_err(|error| self.fault(error))?;
-        let payload = rhai::serde::to_dynamic(value).map_err(|error| self.fault(error))?;
-        let mut scope = Scope::new();
-        scope.push_dynamic("payload", payload);
-        scope.push("key", event.key.as_deref().unwrap_or_default().to_owned());
-        let result: Dynamic =
-            self.engine.eval_ast_with_scope(&mut scope, &self.ast).map_err(|error| self.fault(error))?;
-        Ok((result, scope.get_value("payload").unwrap_or_default()))
-    }
-}
-
-impl fmt::Debug for Program {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Program").field("name", &self.name).field("kind", &self.kind).finish_non_exhaustive()
-    }
-}
-
-impl Transform {
-    /// Runs the stages over one event, in order.
-    ///
-    /// # Errors
-    /// When a stage fails on it: the record's error.
-    pub fn run(&self, mut event: Event) -> Result<Outcome, Fault> {
-        for stage in self.stages.iter() {
-            let (result, payload) = stage.eval(&event)?;
-            match stage.kind {
-                StageKind::Filter if !result.as_bool().map_err(|kind| stage.fault(kind))? => {
-                    return Ok(Outcome::Drop(stage.name.clone()));
-                }
-                StageKind::Filter => {}
-                StageKind::Script => {
-                    let bytes = serde_json::to_vec(&payload).map_err(|error| stage.fault(error))?;
-                    event = event.with_payload(bytes.into());
-                }
-            }
-        }
-        Ok(Outcome::Deliver(vec![event]))
-    }
-}
-
-impl Predicate {
-    /// Whether the condition holds for the event.
-    ///
-    /// # Errors
-    /// When it fails on it, or gives neither true nor false: the record's error.
-    pub fn holds(&self, event: &Event) -> Result<bool, Fault> {
-        self.0.eval(event)?.0.as_bool().map_err(|kind| self.0.fault(kind))
-    }
-}
-
-impl Expression {
-    /// The number of seconds, or the time, that the expression gives for the event.
-    ///
-    /// # Errors
-    /// When it fails on it, or gives neither: the record's error.
-    pub fn delay(&self, event: &Event) -> Result<DelayValue, Fault> {
-        let (value, _) = self.0.eval(event)?;
-        if let Ok(text) = value.clone().into_string() {
-            return text.parse::<Timestamp>().map(DelayValue::At).map_err(|error| self.0.fault(error));
-        }
-        value.as_float().map(DelayValue::Seconds).map_err(|kind| self.0.fault(kind))
-    }
+    names
 }

@@ -1,10 +1,15 @@
 //! The view of a record that stages, conditions and templates work on.
+//!
+//! Holds the payload's bytes and, once somebody asked, its parsed forms; branches that share an event share these. An
+//! event never changes in place: a stage makes another one.
 
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use serde_json::Value;
 
+use super::convert::{self, Parsed};
 use crate::record::{Headers, Record};
 use crate::source::Child;
 
@@ -25,7 +30,17 @@ pub struct Event {
     /// The headers now.
     pub headers: Arc<Headers>,
     bytes: Bytes,
-    json: Arc<OnceLock<Result<Value, NotJson>>>,
+    forms: Arc<Forms>,
+    /// Calls of `uuid` and `random` so far, so that each stage draws anew.
+    pub(super) calls: u32,
+}
+
+/// The payload's parsed forms, each made when it is first asked for.
+#[derive(Debug, Default)]
+struct Forms {
+    json: OnceLock<Result<Value, NotJson>>,
+    /// The scripts' form. A run takes it out and puts it back unchanged: it is never copied and never waited for.
+    parsed: Mutex<Option<Parsed>>,
 }
 
 impl Event {
@@ -36,7 +51,8 @@ impl Event {
             key: record.key.clone(),
             headers: Arc::new(record.headers.clone()),
             bytes: record.payload.clone(),
-            json: Arc::new(OnceLock::new()),
+            forms: Arc::default(),
+            calls: 0,
             record,
         }
     }
@@ -45,7 +61,7 @@ impl Event {
     #[must_use]
     pub fn with_payload(mut self, bytes: Bytes) -> Self {
         self.bytes = bytes;
-        self.json = Arc::new(OnceLock::new());
+        self.forms = Arc::default();
         self
     }
 
@@ -59,14 +75,32 @@ impl Event {
     /// # Errors
     /// When it is not JSON.
     pub fn json(&self) -> Result<&Value, NotJson> {
-        self.json
-            .get_or_init(|| {
-                if self.record.binary {
-                    return Err(NotJson("it was written as payloadBase64".into()));
-                }
-                serde_json::from_slice(&self.bytes).map_err(|error| NotJson(error.to_string().into()))
-            })
-            .as_ref()
-            .map_err(Clone::clone)
+        let parse = || {
+            self.refuse_binary()?;
+            serde_json::from_slice(&self.bytes).map_err(|error| NotJson(error.to_string().into()))
+        };
+        self.forms.json.get_or_init(parse).as_ref().map_err(Clone::clone)
+    }
+
+    /// Takes the scripts' form, made now if nobody left one.
+    pub(super) fn take_parsed(&self) -> Result<Parsed, NotJson> {
+        if let Some(parsed) = self.forms.parsed.lock().take() {
+            return Ok(parsed);
+        }
+        self.refuse_binary()?;
+        convert::parse(&self.bytes).map_err(|error| NotJson(error.to_string().into()))
+    }
+
+    /// Leaves the scripts' form, which must be what the bytes say, for the next one.
+    pub(super) fn keep_parsed(&self, parsed: Parsed) {
+        *self.forms.parsed.lock() = Some(parsed);
+    }
+
+    /// A payload that a script made is JSON, whatever the record's was.
+    fn refuse_binary(&self) -> Result<(), NotJson> {
+        if self.record.binary && self.bytes == self.record.payload {
+            return Err(NotJson("it was written as payloadBase64".into()));
+        }
+        Ok(())
     }
 }

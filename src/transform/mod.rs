@@ -5,8 +5,15 @@
 //! touches the disk or the network while a record is under way.
 
 mod compile;
+mod convert;
 mod depth;
+mod engine;
 mod event;
+mod functions;
+mod guard;
+mod program;
+mod run;
+mod scan;
 mod schema;
 
 use std::fmt;
@@ -19,7 +26,7 @@ pub use depth::{MAX_DEPTH, json_depth};
 pub use event::{Event, NotJson};
 pub use schema::{PayloadSchema, SchemaError, SchemaFault};
 
-use compile::Program;
+use program::Program;
 
 /// What a chain of stages made of one event.
 #[derive(Debug)]
@@ -54,7 +61,7 @@ impl Transform {
 
     /// The stages' names, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.stages.iter().map(Program::name)
+        self.stages.iter().map(|stage| &*stage.name)
     }
 }
 
@@ -65,7 +72,7 @@ pub struct Predicate(Arc<Program>);
 impl Predicate {
     /// The expression as it was written.
     pub fn source(&self) -> &str {
-        self.0.text()
+        &self.0.text
     }
 }
 
@@ -82,7 +89,7 @@ pub struct Expression(Arc<Program>);
 impl Expression {
     /// The expression as it was written.
     pub fn source(&self) -> &str {
-        self.0.text()
+        &self.0.text
     }
 }
 

@@ -170,7 +170,13 @@ async fn keep_running(
     loop {
         let name = plan.name.clone();
         // A task of its own, so that a panic ends the attempt and not the branch.
-        let run = actor::run(deps.clone(), Arc::clone(&plan), Arc::clone(&board), Arc::clone(&commands), std::mem::take(&mut passed));
+        let run = actor::run(
+            deps.clone(),
+            Arc::clone(&plan),
+            Arc::clone(&board),
+            Arc::clone(&commands),
+            std::mem::take(&mut passed),
+        );
         let mut attempt = AbortOnDrop(tokio::spawn(run));
         match (&mut attempt.0).await {
             Ok(Ok(actor::Ended::Drained)) => return,
