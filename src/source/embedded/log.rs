@@ -1,9 +1,11 @@
 //! The embedded log as a whole: opened once for a data folder, gives a handle for each namespace.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use futures::future::join_all;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
@@ -34,8 +36,6 @@ pub struct Embedded {
 struct Threads {
     writer: JoinHandle<()>,
     settler: JoinHandle<()>,
-    /// Held until both have ended.
-    _lock: Box<dyn std::any::Any + Send + Sync>,
 }
 
 impl Embedded {
@@ -58,10 +58,21 @@ impl Embedded {
         });
         let failed =
             |source| OpenError::Storage { act: "start a thread for", path: shared.options.data.clone(), source };
-        let settler = Settler::new(Arc::clone(&shared), state, segments);
-        let settler = std::thread::Builder::new().name("settle".into()).spawn(|| settler.run()).map_err(failed)?;
+        // The folder is ours until the last thread that may write to it has ended.
+        let lock = Arc::new(lock);
+        let settler = Settler::new(Arc::clone(&shared), state, segments, commits.len());
+        let held_by_settler = Arc::clone(&lock);
+        let settle = move || {
+            settler.run();
+            drop(held_by_settler);
+        };
+        let settler = std::thread::Builder::new().name("settle".into()).spawn(settle).map_err(failed)?;
         let writer = Writer::new(Arc::clone(&shared), file, last, time);
-        let writer = std::thread::Builder::new().name("journal".into()).spawn(|| writer.run()).map_err(failed)?;
+        let journal = move || {
+            writer.run();
+            drop(lock);
+        };
+        let writer = std::thread::Builder::new().name("journal".into()).spawn(journal).map_err(failed)?;
         for commit in commits {
             shared.settling.push(commit);
         }
@@ -71,7 +82,7 @@ impl Embedded {
         let instance = Arc::clone(&shared.instance);
         let told = Arc::clone(&shared);
         runtime.spawn(async move { told.change(&instance, started).await });
-        Ok(Arc::new(Self { shared, threads: Mutex::new(Some(Threads { writer, settler, _lock: lock })) }))
+        Ok(Arc::new(Self { shared, threads: Mutex::new(Some(Threads { writer, settler })) }))
     }
 
     /// A namespace's log and shelf; it is made when it is not there yet.
@@ -194,15 +205,14 @@ async fn release(shared: Arc<Shared>) {
             continue;
         }
         let looked = shared.committed();
-        let mut at = 0;
-        while let Some(first) = rows.get(at) {
-            let run =
-                rows.get(at..).unwrap_or_default().iter().take_while(|row| row.namespace == first.namespace).count();
-            let own = rows.get(at..at + run).unwrap_or_default();
-            at += run;
-            let Some(space) = shared.spaces.read().by_number.get(&first.namespace).cloned() else { continue };
-            release_rows(&shared, &space, own, looked).await;
+        // One group for each namespace keeps the order inside it, and all of them share a sync.
+        let mut groups: BTreeMap<NamespaceNumber, Vec<DueRow>> = BTreeMap::new();
+        for row in rows {
+            groups.entry(row.namespace).or_default().push(row);
         }
+        let spaces = shared.spaces.read().by_number.clone();
+        let known = groups.iter().filter_map(|(number, rows)| Some((spaces.get(number)?, rows)));
+        join_all(known.map(|(space, rows)| release_rows(&shared, space, rows, looked))).await;
     }
 }
 

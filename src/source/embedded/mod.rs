@@ -7,6 +7,7 @@
 //! data/FORMAT                     the version of this layout
 //! data/FENCED                     a sync failed: the next start copies state.db before it trusts it
 //! data/journal/0000000007.wal     the truth of what is not yet checkpointed; made full of zeros, recycled
+//! data/BALLAST                    given up when the disk is full, so that acks can be stored
 //! data/journal/0000000003.spare   a file that is ready to become the next one
 //! data/segments/12/00…01.seg      the records of namespace 12 from position 1 on, frames as in the journal
 //! data/segments/12/00…01.idx      its sidecar: sparse places, ids out of order, what was dropped
@@ -27,6 +28,7 @@
 //! `durable` is the sequence that was durable when the frame was written, so a later frame proves that earlier damage is
 //! rot and no torn tail. `left` counts the frames of the same group that still follow: a group counts whole or not at all.
 
+mod ballast;
 mod batch;
 pub mod body;
 pub mod change;

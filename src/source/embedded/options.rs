@@ -22,6 +22,10 @@ pub struct Options {
     pub journal_spares: usize,
     /// Bytes of journal after which the views are made durable.
     pub checkpoint_bytes: u64,
+    /// Bytes kept aside for `state.db` and segments when the disk is full.
+    pub ballast_bytes: u64,
+    /// Records that a branch's reader gives beyond what the branch has stored as ended.
+    pub window: u64,
     /// Bytes after which a segment is sealed.
     pub segment_bytes: u64,
     /// Bytes by which the views may lag before writers wait.
@@ -46,6 +50,8 @@ impl Options {
             journal_file_bytes: 64 << 20,
             journal_spares: 2,
             checkpoint_bytes: 192 << 20,
+            ballast_bytes: 16 << 20,
+            window: 20_000,
             segment_bytes: 64 << 20,
             settle_lag_bytes: 64 << 20,
             queue_bytes: 64 << 20,

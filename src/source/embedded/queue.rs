@@ -217,3 +217,19 @@ pub(super) fn want_cursor(queue: &Queue, space: &Arc<Space>, branch: &BranchName
         queue.push_cursor(space, branch);
     }
 }
+
+/// Cursors of a namespace that could not be written want to be once more.
+pub(super) fn want_again(queue: &Queue, space: &Arc<Space>) {
+    let late: Vec<BranchName> = {
+        let mut branches = space.branches.lock();
+        let late = branches.iter_mut().filter(|(_, branch)| branch.wanted > branch.durable && !branch.dirty);
+        late.map(|(name, branch)| {
+            branch.dirty = true;
+            name.clone()
+        })
+        .collect()
+    };
+    for branch in late {
+        queue.push_cursor(space, &branch);
+    }
+}

@@ -72,10 +72,22 @@ impl Reader {
                 return Err(LogError::Closed("its namespace was deleted".into()));
             }
             // What was trimmed, or dropped because the backlog was full, is behind the cursor.
-            let cursor = space.branches.lock().get(&self.branch).map(|branch| branch.wanted);
+            let (cursor, stored) = {
+                let branches = space.branches.lock();
+                branches.get(&self.branch).map_or((None, None), |own| (Some(own.wanted), Some(own.durable)))
+            };
             let kept = Position(space.first_kept.load(Ordering::Acquire).saturating_sub(1));
             self.at = self.at.max(kept).max(cursor.unwrap_or_default());
             let from = self.at.next();
+            // What is beyond the stored cursor is sent again after a crash, so it is bounded (LOG.md 14).
+            let window =
+                stored.map_or(u64::MAX, |stored| (stored.0 + self.shared.options.window).saturating_sub(self.at.0));
+            let Some(max_records) =
+                usize::try_from(window).ok().map(|window| window.min(max_records)).filter(|max| *max > 0)
+            else {
+                news.await;
+                continue;
+            };
             if let Some(entries) = space.recent(from, max_records, max_bytes) {
                 self.place = None;
                 return Ok(self.gave(entries));

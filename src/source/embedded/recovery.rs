@@ -143,7 +143,6 @@ pub(super) fn recover(options: Options) -> Result<Recovered, OpenError> {
     );
     let files = tried("open", &folder, files)?;
     let file = tried("start a journal file in", &folder, rewrite_tail(&files, &found, &groups))?;
-    tried("keep spare files in", &folder, files.prepare(options.journal_spares).or_else(full_is_fine))?;
     if was_fenced {
         tried("remove", &fenced, disk.remove(&fenced).and_then(|()| disk.sync_folder(&options.data)))?;
     }
@@ -204,7 +203,7 @@ fn open_spaces(state: &State, files: &SegmentFiles) -> Result<Spaces, OpenError>
         space.forget_before(stored.first);
         *space.epochs.lock() = stored.epochs;
         for (branch, cursor) in stored.branches {
-            space.cursor_stored(&branch, cursor, state.last_time());
+            space.branch_opened(&branch, cursor, state.last_time());
         }
         space.parked_bytes.store(stored.parked_bytes, std::sync::atomic::Ordering::Relaxed);
         let space = Arc::new(space);

@@ -4,7 +4,9 @@
 //! checkpoint syncs the segments, then commits `state.db` durably with the segments' lengths, and only then frees
 //! journal files. A failed sync of a view fences the log.
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::{Commit, Durable};
@@ -14,7 +16,7 @@ use super::settling::Work;
 use super::shared::Shared;
 use super::space::Space;
 use super::state::{Checkpoint, SegmentMark, State, StateError};
-use super::{retention, scheduled_step};
+use super::{ballast, retention, scheduled_step};
 use crate::record::Position;
 
 /// Frames and bytes that one transaction of `state.db` takes at most.
@@ -22,6 +24,8 @@ const COMMIT_FRAMES: usize = 20_000;
 const COMMIT_BYTES: usize = 16 << 20;
 /// How often retention is looked at, and a full disk.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Journal files in use that bring a checkpoint about: repeated kills each leave one behind.
+const MANY_FILES: usize = 6;
 /// How long a full disk is waited for before the next look.
 const FULL_WAIT: Duration = Duration::from_millis(200);
 
@@ -39,6 +43,13 @@ pub(super) struct Settler {
     unchecked: u64,
     reached: Sequence,
     looked: Instant,
+    /// Commits of the start's replay that are still to come. Until they have, the segments lack what `state.db` has: no
+    /// checkpoint, and nothing is loaded that the journal may have ended.
+    replay: usize,
+    /// By namespace: the active segment that the last checkpoint names. A start needs its file, so no trim takes it.
+    marked: HashMap<NamespaceNumber, Position>,
+    /// Deleted namespaces whose files go with the next checkpoint.
+    doomed: Vec<Arc<Space>>,
 }
 
 enum Stop {
@@ -47,9 +58,11 @@ enum Stop {
 }
 
 impl Settler {
-    pub(super) fn new(shared: Arc<Shared>, state: State, files: SegmentFiles) -> Self {
+    /// `replay` = how many commits of the journal's replay will be pushed before any other.
+    pub(super) fn new(shared: Arc<Shared>, state: State, files: SegmentFiles, replay: usize) -> Self {
         let now = Instant::now();
         let reached = state.applied();
+        let marks = state.segment_marks().unwrap_or_default();
         Self {
             shared,
             state,
@@ -61,6 +74,9 @@ impl Settler {
             unchecked: 0,
             reached,
             looked: now,
+            replay,
+            marked: marks.iter().map(|mark| (mark.namespace, mark.first)).collect(),
+            doomed: Vec::new(),
         }
     }
 
@@ -72,30 +88,34 @@ impl Settler {
     }
 
     fn work(&mut self) -> Result<(), Stop> {
+        self.prepare()?;
         loop {
             let timeout = if self.open.is_empty() {
                 LOOK_EVERY
             } else {
                 self.shared.options.commit_every.saturating_sub(self.since.elapsed())
             };
-            let Work { commits, wanted, closed } = self.shared.settling.take(self.state.applied(), timeout);
+            let Work { commits, wanted, nudged, closed } = self.shared.settling.take(self.state.applied(), timeout);
             for commit in commits {
                 self.take_in(commit)?;
             }
             let full = self.open_frames >= COMMIT_FRAMES || self.open_bytes >= COMMIT_BYTES;
             let ripe = !self.open.is_empty() && self.since.elapsed() >= self.shared.options.commit_every;
             let asked = wanted > self.state.applied() && self.reached > self.state.applied();
-            let step = self.shared.due.wants_step(self.shared.clock.now());
+            let step = self.replay == 0 && self.shared.due.wants_step(self.shared.clock.now());
             if full || ripe || asked || step || closed {
                 self.commit(false)?;
             }
             if step {
                 scheduled_step(&self.shared, &self.state);
             }
-            if self.unchecked >= self.shared.options.checkpoint_bytes
-                || (closed && self.shared.status.fenced().is_none())
-            {
+            let grown = self.unchecked >= self.shared.options.checkpoint_bytes || self.shared.files.live() > MANY_FILES;
+            let due = grown || !self.doomed.is_empty() || closed;
+            if due && self.replay == 0 && self.shared.status.fenced().is_none() {
                 self.commit(true)?;
+            }
+            if nudged {
+                self.prepare()?;
             }
             if self.looked.elapsed() >= LOOK_EVERY {
                 self.looked = Instant::now();
@@ -118,6 +138,7 @@ impl Settler {
             frames = rest;
             self.write_segments(space, own, &commit)?;
         }
+        self.replay = self.replay.saturating_sub(1);
         self.unchecked += commit.bytes.len() as u64;
         self.reached = self.reached.max(commit.last);
         self.open_frames += commit.frames.len();
@@ -166,10 +187,8 @@ impl Settler {
                 Change::Trim { first } => self.trim(space, *first)?,
                 Change::NamespaceDeleted => {
                     self.shared.due.forget(space.number);
-                    let removed = space.segments.lock().remove_all(&mut self.files);
-                    if let Err(error) = removed {
-                        tracing::error!(%error, "the segments of a deleted namespace could not be removed");
-                    }
+                    // The last checkpoint may name a segment of it, and then a start wants to find the file.
+                    self.doomed.push(Arc::clone(space));
                 }
                 _ => {}
             }
@@ -178,6 +197,8 @@ impl Settler {
     }
 
     fn trim(&mut self, space: &Arc<Space>, first: Position) -> Result<(), Stop> {
+        let marked = self.marked.get(&space.number).copied().filter(|marked| *marked > Position(0));
+        let first = marked.map_or(first, |marked| first.min(marked));
         let trimmed = space.segments.lock().trim(&self.files, first);
         match trimmed {
             Ok(_) => Ok(()),
@@ -187,21 +208,47 @@ impl Settler {
 
     /// A full disk is waited for; anything else fences.
     fn storage_failed(&self, error: &SegmentError) -> Result<(), Stop> {
-        if error.is_full() && self.shared.status.fenced().is_none() {
-            self.shared.status.disk_is_full();
-            std::thread::sleep(FULL_WAIT);
-            return Ok(());
+        if error.is_full() {
+            return self.wait_for_room();
         }
         self.shared.fence(&error.to_string());
         Err(Stop::Fenced)
     }
 
+    /// Gives the ballast up and waits a moment. A log that is closing does not wait: the journal has everything.
+    fn wait_for_room(&self) -> Result<(), Stop> {
+        self.shared.status.disk_is_full();
+        if self.shared.status.is_closing() || self.shared.status.fenced().is_some() {
+            return Err(Stop::Fenced);
+        }
+        ballast::give_up(&self.shared.options);
+        std::thread::sleep(FULL_WAIT);
+        Ok(())
+    }
+
+    /// Sees to spare journal files and ballast, so that acks and trims can be written when the disk is full.
+    fn prepare(&self) -> Result<(), Stop> {
+        let options = &self.shared.options;
+        match self.shared.files.prepare(options.journal_spares).and_then(|()| ballast::keep(options)) {
+            Ok(()) => {
+                self.shared.status.disk_has_room();
+                Ok(())
+            }
+            Err(error) if super::is_full(&error) => {
+                self.shared.status.disk_is_full();
+                Ok(())
+            }
+            Err(error) => {
+                self.shared.fence(&format!("make spare journal files: {error}"));
+                Err(Stop::Fenced)
+            }
+        }
+    }
+
     fn state_failed(&mut self, error: &StateError) -> Result<(), Stop> {
-        if error.is_disk_full() && self.shared.status.fenced().is_none() {
-            self.shared.status.disk_is_full();
-            std::thread::sleep(FULL_WAIT);
+        if error.is_disk_full() {
             self.state.roll_back();
-            return Ok(());
+            return self.wait_for_room();
         }
         self.shared.fence(&error.to_string());
         Err(Stop::Fenced)
@@ -257,18 +304,32 @@ impl Settler {
         self.since = Instant::now();
         self.shared.committed.send_replace(applied);
         self.shared.keys.committed(applied);
-        if checkpoint.is_some() {
+        if let Some(checkpoint) = checkpoint {
             self.unchecked = 0;
-            let files = &self.shared.files;
-            let freed =
-                files.recycle(applied).map(|_| ()).and_then(|()| files.prepare(self.shared.options.journal_spares));
-            if let Err(error) = freed {
-                if super::is_full(&error) {
-                    self.shared.status.disk_is_full();
-                } else {
-                    self.shared.fence(&format!("recycle journal files: {error}"));
-                    return Err(Stop::Fenced);
-                }
+            self.marked = checkpoint.segments.iter().map(|mark| (mark.namespace, mark.first)).collect();
+            if let Err(error) = self.shared.files.recycle(applied) {
+                self.shared.fence(&format!("recycle journal files: {error}"));
+                return Err(Stop::Fenced);
+            }
+            self.remove_finished()?;
+            self.prepare()?;
+        }
+        Ok(())
+    }
+
+    /// Removes what the checkpoint before no longer lets a start look for.
+    fn remove_finished(&mut self) -> Result<(), Stop> {
+        for space in std::mem::take(&mut self.doomed) {
+            let removed = space.segments.lock().remove_all(&mut self.files);
+            if let Err(error) = removed {
+                tracing::error!(%error, "the segments of a deleted namespace could not be removed; the next start does");
+            }
+        }
+        let spaces: Vec<Arc<Space>> = self.shared.spaces.read().by_number.values().cloned().collect();
+        for space in spaces {
+            let first = Position(space.first_kept.load(Ordering::Acquire));
+            if space.segments.lock().oldest().is_some_and(|oldest| oldest < first) {
+                self.trim(&space, first)?;
             }
         }
         Ok(())
@@ -304,8 +365,8 @@ impl Settler {
     }
 
     fn look(&mut self) {
-        if self.shared.status.is_disk_full() && self.shared.files.prepare(self.shared.options.journal_spares).is_ok() {
-            self.shared.status.disk_has_room();
+        if self.shared.status.is_disk_full() && self.prepare().is_err() {
+            return;
         }
         if let Some(floor) = retention::look(&self.shared)
             && let Err(error) = self.state.drop_keys_before(floor)

@@ -31,6 +31,8 @@ pub(super) struct Work {
     pub(super) commits: Vec<Commit>,
     /// Somebody waits until `state.db` shows everything up to here.
     pub(super) wanted: Sequence,
+    /// The journal has gone on to another file.
+    pub(super) nudged: bool,
     /// Nothing more will come.
     pub(super) closed: bool,
 }
@@ -77,8 +79,9 @@ impl Settling {
         if inner.commits.is_empty() && !inner.nudged && !inner.closed && inner.wanted <= seen {
             self.news.wait_for(&mut inner, timeout);
         }
-        inner.nudged = false;
-        Work { commits: std::mem::take(&mut inner.commits).into(), wanted: inner.wanted, closed: inner.closed }
+        let nudged = std::mem::take(&mut inner.nudged);
+        let commits = std::mem::take(&mut inner.commits).into();
+        Work { commits, wanted: inner.wanted, nudged, closed: inner.closed }
     }
 
     /// So many bytes have reached the views.

@@ -491,7 +491,7 @@ fn remember_in(space: &Arc<Space>, change: &Change, time: crate::clock::Timestam
     match change {
         Change::Cursor { branch, position } => space.cursor_stored(branch, *position, time),
         Change::BranchOpened { branch, position } => {
-            space.cursor_stored(branch, *position, time);
+            space.branch_opened(branch, *position, time);
             space.recount();
         }
         Change::BranchForgotten { branch } => {

@@ -4,7 +4,6 @@
 //! readers wait here for news. Locks are held for moments, and never across an await.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
@@ -241,10 +240,17 @@ impl Space {
         self.branches.lock().values().map(|branch| branch.durable).min()
     }
 
+    /// A branch exists from this position on.
+    pub(super) fn branch_opened(&self, branch: &BranchName, position: Position, now: Timestamp) {
+        self.branches.lock().entry(branch.clone()).or_default();
+        self.cursor_stored(branch, position, now);
+    }
+
     /// A cursor has become durable.
     pub(super) fn cursor_stored(&self, branch: &BranchName, position: Position, now: Timestamp) {
         let mut branches = self.branches.lock();
-        let branch = branches.entry(branch.clone()).or_default();
+        // A cursor that was on its way when its branch was forgotten does not bring it back.
+        let Some(branch) = branches.get_mut(branch) else { return };
         branch.durable = branch.durable.max(position);
         branch.wanted = branch.wanted.max(position);
         let spaced = |last: &(Timestamp, Position)| now.since(last.0).as_millis() >= 1_000 || now < last.0;

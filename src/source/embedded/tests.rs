@@ -20,6 +20,7 @@ fn options(folder: &Path, clock: &Clock) -> Options {
         journal_file_bytes: 16 << 10,
         journal_spares: 1,
         checkpoint_bytes: 24 << 10,
+        ballast_bytes: 4 << 10,
         segment_bytes: 4 << 10,
         tail_bytes: 2 << 10,
         commit_every: Duration::from_millis(5),

@@ -158,7 +158,11 @@ impl Writer {
             }
             branch.wanted
         };
-        if self.shared.status.fenced().is_some() || self.make_room(batch, 256).is_err() {
+        if self.shared.status.fenced().is_some() {
+            return;
+        }
+        if self.make_room(batch, 256).is_err() {
+            super::queue::want_again(&self.shared.queue, &cursor.space);
             return;
         }
         self.tick();
@@ -331,6 +335,7 @@ impl Writer {
             if voided.is_ok() {
                 for space in batch.spaces() {
                     space.assigned.store(space.end().0, Ordering::Release);
+                    super::queue::want_again(&self.shared.queue, space);
                 }
                 self.gone.undo_after(self.durable);
                 self.last = self.durable;
