@@ -170,6 +170,10 @@ mod tests {
         files.append(&path, b"1\n").unwrap();
         std::fs::rename(&path, folder.path().join("old")).unwrap();
         files.append(&path, b"2\n").unwrap();
+        std::fs::rename(&path, folder.path().join("second")).unwrap();
+        std::fs::write(&path, "").unwrap();
+        files.append(&path, b"in the new one\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "in the new one\n");
         std::fs::remove_file(&path).unwrap();
         files.append(&path, b"3\n").unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "3\n");
