@@ -1,5 +1,13 @@
 //! Every integration test, one file a promise, in one binary.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on fails"
+)]
+#![expect(unreachable_pub, reason = "the files share what the harness offers")]
+
 mod crash;
 mod harness;
 mod hostile;
