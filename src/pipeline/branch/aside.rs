@@ -201,13 +201,16 @@ impl Actor {
         let count = rows.len();
         for row in rows {
             let Some(now) = in_force.revisions().last().map(|newest| Arc::clone(&newest.plan)) else { break };
-            let then = Arc::clone(in_force.at(row.row.position).unwrap_or(&now));
+            // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
+            let then = if row.replayed { &now } else { in_force.at(row.row.position).unwrap_or(&now) };
+            let then = Arc::clone(then);
             let branch = Arc::clone(&self.plan);
             let record = Arc::clone(&row.record);
             let position = row.row.position;
             let prepared =
                 tokio::task::spawn_blocking(move || prepare(position, record, &branch, &now, &then)).await.ok();
             // A replay runs the original and sends all that comes of it; a child that was set aside is itself again.
+            let dropped = prepared.as_ref().and_then(|prepared| prepared.dropped.clone());
             let parts = prepared.map(|prepared| prepared.parts).unwrap_or_default();
             let mine = parts.into_iter().filter(|part| row.replayed || part.child == row.row.child);
             let mut any = false;
@@ -235,9 +238,17 @@ impl Actor {
                     }
                 }
             }
-            if !any {
+            if !any && dropped.is_none() && row.replayed {
+                // Another arm's now. Nobody else has it, so it stays where it can be found.
+                let error = "the file gives this record to another sink now: write it again, or purge it".into();
+                let record = Arc::clone(&row.record);
+                let letter = self.letter(row.row, record, DeadReason::NoRoute, 0, error, "sink", None);
+                settlement.dead.push(letter);
+                settled.left.push(lane.into());
+            } else if !any {
                 settlement.returned.push(row.row);
-                settlement.dropped.push((row.row.position, "the file sends it nowhere any more".into()));
+                let reason = dropped.unwrap_or_else(|| "the file sends it nowhere any more".into());
+                settlement.dropped.push((row.row.position, reason));
                 settled.left.push(lane.into());
             }
         }

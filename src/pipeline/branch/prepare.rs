@@ -79,7 +79,7 @@ pub(super) fn prepare(
         }
     }
     // A script that runs before a route decides who takes the record, so it is the one of that time.
-    let transform = if matches!(then.routing, Routing::Single) { &now.transform } else { &then.transform };
+    let transform = if decides(&then.routing) { &then.transform } else { &now.transform };
     let mut parts = Vec::new();
     let mut dropped = None;
     stage(Event::original(record), transform, &mut dropped, &mut parts, &mut |event, dropped, parts| {
@@ -119,6 +119,15 @@ pub(super) fn prepare(
         prepared.dropped = dropped;
     }
     prepared
+}
+
+/// Whether a routing looks at the record at all.
+fn decides(routing: &Routing) -> bool {
+    match routing {
+        Routing::Single => false,
+        Routing::Route { .. } => true,
+        Routing::FanOut { arms } => arms.iter().any(|(_, when)| when.is_some()),
+    }
 }
 
 type Parts = Vec<Result<(Event, usize), Stillborn>>;
