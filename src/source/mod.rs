@@ -5,9 +5,12 @@
 //! (record + idempotency key, appended or parked) and `settle` (ends + frontier). Both traits are handles on *one*
 //! namespace. One conformance suite for each runs against every kind.
 
+mod admission;
 pub mod embedded;
 pub mod frontier;
 pub mod memory;
+mod query;
+mod waiting;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -17,6 +20,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+
+pub use admission::{AdmitError, Admitted, IdempotencyKey, Write};
+pub use query::{DeadQuery, Fate, Found, Page, ParkedQuery, ParkedRow, Replayed, Scheduled, ShelfCounts};
+pub use waiting::{AsideLane, AsideRow, DeadLetter, DeadReason};
 
 use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
@@ -72,114 +79,6 @@ pub struct Caps {
     pub look_up: bool,
     /// Records survive `kill -9` and a power cut once acknowledged.
     pub durable: bool,
-}
-
-/// One write on its way into the log. The log draws the id and the position.
-#[derive(Clone, Debug)]
-pub struct Write {
-    /// The record; `id` and `written_at` are filled in by the log when it accepts.
-    pub record: Record,
-    /// Park it until then; `None` = append now.
-    pub due_at: Option<Timestamp>,
-    /// The client's idempotency key with the fingerprint of what it sent.
-    pub idempotency: Option<IdempotencyKey>,
-}
-
-/// An idempotency key and what it stood for the first time.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IdempotencyKey {
-    /// The client's key, at most 255 bytes.
-    pub key: Box<str>,
-    /// A digest over payload, key, target and lifecycle.
-    pub fingerprint: [u8; 16],
-}
-
-/// What became of one write.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Admitted {
-    /// In the log at this position.
-    Appended {
-        /// Its id.
-        id: RecordId,
-        /// When it was accepted.
-        written_at: Timestamp,
-        /// Its place in the log.
-        position: Position,
-    },
-    /// On the shelf until it is due.
-    Parked {
-        /// Its id.
-        id: RecordId,
-        /// When it was accepted.
-        written_at: Timestamp,
-        /// When it will enter the log.
-        due_at: Timestamp,
-    },
-    /// The same idempotency key and fingerprint were accepted before: the first answer again.
-    Repeated {
-        /// The id of the first.
-        id: RecordId,
-        /// When the first was accepted.
-        written_at: Timestamp,
-        /// When the first was or will be due, if it was parked.
-        due_at: Option<Timestamp>,
-    },
-    /// The idempotency key was used before for something else (422).
-    KeyReused,
-    /// The first write with this key is still on its way and did not end in time (409).
-    KeyRunning,
-}
-
-/// Why writes were not accepted. `durable` tells the client whether to repeat with care.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum AdmitError {
-    /// Unfinished records have reached the namespace's backlog limit (503, failed).
-    #[error("the backlog of {bytes} bytes has reached its limit of {limit}")]
-    BacklogFull {
-        /// Bytes of unfinished records.
-        bytes: u64,
-        /// The limit.
-        limit: u64,
-    },
-    /// The disk is full; reading and acking go on (507, failed).
-    #[error("the disk that holds the log is full")]
-    DiskFull,
-    /// The log cannot keep up; try again after a while (503, failed).
-    #[error("the log is catching up, try again in {} s", .retry_after.as_secs().max(1))]
-    Busy {
-        /// When to try again.
-        retry_after: Duration,
-    },
-    /// One record is larger than the log takes (413, failed).
-    #[error("a record of {bytes} bytes is over the limit of {limit}")]
-    TooLarge {
-        /// The record's size.
-        bytes: u64,
-        /// The limit.
-        limit: u64,
-    },
-    /// The log failed while these writes were under way: nobody can say (504, unknown).
-    #[error("the log failed during the write: {reason}")]
-    Unknown {
-        /// What failed.
-        reason: Arc<str>,
-    },
-    /// The log takes no writes any more: it is stopping, was fenced, or its namespace was deleted (503, failed).
-    #[error("the log takes no writes: {reason}")]
-    Closed {
-        /// Why.
-        reason: Arc<str>,
-    },
-    /// The pair cannot do this (501, failed).
-    #[error("{0}")]
-    Unsupported(&'static str),
-}
-
-impl AdmitError {
-    /// True when the write may or may not be in the log.
-    pub const fn is_unknown(&self) -> bool {
-        matches!(self, Self::Unknown { .. })
-    }
 }
 
 /// Why reading or settling failed.
@@ -272,93 +171,6 @@ pub struct BranchStart {
     pub subscription: Box<dyn Subscription>,
 }
 
-/// A key that is set aside, in one branch.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AsideLane {
-    /// The lane: the record's key, or for a keyless record a name of its own.
-    pub lane: Box<str>,
-    /// Its first row; records of this lane above the cursor and below it are ended.
-    pub first: RowKey,
-    /// How many rows wait.
-    pub rows: u64,
-    /// When to try the first row again.
-    pub next_try: Timestamp,
-    /// Attempts spent on the first row.
-    pub attempts: u32,
-    /// When the first row failed for the first time.
-    pub first_failed: Timestamp,
-}
-
-/// One delivery on the shelf: set aside because its key keeps failing, or replayed from the dead letters.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AsideRow {
-    /// Which delivery.
-    pub row: RowKey,
-    /// Its lane.
-    pub lane: Box<str>,
-    /// The original record.
-    pub record: Arc<Record>,
-    /// What a child was rendered to, so that an edited script does not make another thing of it; `None` = run the original.
-    pub rendered: Option<Bytes>,
-    /// Attempts spent.
-    pub attempts: u32,
-    /// When it failed for the first time.
-    pub first_failed: Timestamp,
-    /// When to try again.
-    pub next_try: Timestamp,
-    /// What the target said last.
-    pub last_error: Box<str>,
-    /// It came from the dead letters.
-    pub replayed: bool,
-}
-
-/// Why a delivery ended in the dead letters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum DeadReason {
-    /// The target refused this record.
-    Refused,
-    /// Its attempts or its time ran out while the target took others.
-    Exhausted,
-    /// A script or expression failed on it, or called `fail()`.
-    Script,
-    /// A template could not be rendered from it.
-    Template,
-    /// No arm of the route took it.
-    NoRoute,
-    /// It was under way at three unclean stops in a row.
-    Crash,
-    /// An operator skipped it.
-    Skipped,
-}
-
-/// A delivery that ended badly, with everything needed to understand and repeat it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeadLetter {
-    /// Which delivery; unique in its branch.
-    pub row: RowKey,
-    /// The branch that failed.
-    pub branch: BranchName,
-    /// When it was given up.
-    pub at: Timestamp,
-    /// Why.
-    pub reason: DeadReason,
-    /// Attempts spent.
-    pub attempts: u32,
-    /// What the target or the script said last.
-    pub last_error: Box<str>,
-    /// The stage that gave up, for example `sink` or `transform[1]`.
-    pub stage: Box<str>,
-    /// The revision of the file that was in force.
-    pub revision: Box<str>,
-    /// The original record.
-    pub record: Arc<Record>,
-    /// What would have been sent, if it got that far.
-    pub rendered: Option<Bytes>,
-    /// Its key's later records have been delivered: replaying could put an old value over a new one.
-    pub overtaken: bool,
-}
-
 /// A pause that survives a restart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredPause {
@@ -415,154 +227,6 @@ pub struct Lag {
     pub oldest: Option<Timestamp>,
     /// The stored cursor.
     pub cursor: Position,
-}
-
-/// Where a write is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Found {
-    /// Waiting for its time.
-    Parked {
-        /// The record.
-        record: Arc<Record>,
-        /// When it enters the log.
-        due_at: Timestamp,
-    },
-    /// In the log; what each branch made of it.
-    InLog {
-        /// The record.
-        record: Arc<Record>,
-        /// Its place.
-        position: Position,
-        /// By branch.
-        branches: Vec<(BranchName, Fate)>,
-    },
-    /// Cancelled before it was due.
-    Cancelled,
-}
-
-/// What one branch made of a record.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "state", rename_all = "snake_case")]
-pub enum Fate {
-    /// Not ended yet.
-    Pending,
-    /// Set aside; tried again at that time.
-    SetAside {
-        /// Attempts spent.
-        attempts: u32,
-        /// When it is tried again.
-        next_try: Timestamp,
-        /// What the target said last.
-        last_error: Box<str>,
-    },
-    /// Delivered at some time between the two (the frontier is sampled each second).
-    Finished {
-        /// Not before.
-        after: Option<Timestamp>,
-        /// Not after.
-        before: Option<Timestamp>,
-    },
-    /// Filtered, dropped or expired.
-    Dropped {
-        /// By what.
-        reason: Box<str>,
-    },
-    /// In the dead letters.
-    Dead {
-        /// Why.
-        reason: DeadReason,
-        /// What was said last.
-        last_error: Box<str>,
-    },
-}
-
-/// A parked record in a listing.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ParkedRow {
-    /// The record.
-    pub record: Arc<Record>,
-    /// When it is due.
-    pub due_at: Timestamp,
-}
-
-/// A page of a listing; `next` continues it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Page<T> {
-    /// The rows.
-    pub rows: Vec<T>,
-    /// Hand this in again for the next page; `None` = the end.
-    pub next: Option<String>,
-}
-
-/// Which parked records.
-#[derive(Clone, Debug, Default)]
-pub struct ParkedQuery {
-    /// Only this key.
-    pub key: Option<String>,
-    /// Due at or after.
-    pub from: Option<Timestamp>,
-    /// Due before.
-    pub to: Option<Timestamp>,
-    /// Rows a page, at least 1.
-    pub limit: usize,
-    /// From an earlier page.
-    pub after: Option<String>,
-}
-
-/// What to cancel or move.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Scheduled {
-    /// This record.
-    Id(RecordId),
-    /// All parked records of this key.
-    Key(String),
-}
-
-/// Which dead letters. Every field narrows.
-#[derive(Clone, Debug, Default)]
-pub struct DeadQuery {
-    /// Only this branch.
-    pub branch: Option<String>,
-    /// Only this reason.
-    pub reason: Option<DeadReason>,
-    /// Only this record.
-    pub id: Option<RecordId>,
-    /// Only this key.
-    pub key: Option<String>,
-    /// Given up at or after.
-    pub from: Option<Timestamp>,
-    /// Given up before.
-    pub to: Option<Timestamp>,
-    /// Whose last error contains this.
-    pub error_contains: Option<String>,
-    /// Rows a page, at least 1.
-    pub limit: usize,
-    /// From an earlier page.
-    pub after: Option<String>,
-}
-
-/// How much lies on the shelf.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ShelfCounts {
-    /// Records waiting for their time.
-    pub parked: u64,
-    /// When the first of them is due.
-    pub next_due: Option<Timestamp>,
-    /// By branch: rows set aside.
-    pub aside: Vec<(BranchName, u64)>,
-    /// By branch: dead letters and their bytes.
-    pub dead: Vec<(BranchName, u64, u64)>,
-    /// How far back idempotency keys are really known.
-    pub keys_since: Option<Timestamp>,
-}
-
-/// What replay did.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
-pub struct Replayed {
-    /// Sent back to their branch.
-    pub replayed: u64,
-    /// Left where they are because their key has moved on and `force` was not given.
-    pub overtaken: u64,
 }
 
 /// A pipeline file as it was in force from a position on: unexpanded, with its scripts and schemas.

@@ -17,13 +17,13 @@ sink: { file: { path: out.ndjson } }
 
 /// One client: writes its own keys in order, notes what it is about to send and what was acknowledged.
 async fn client(
+    http: reqwest::Client,
     url: String,
     number: u64,
     next: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     ledger: Arc<Mutex<Ledger>>,
 ) -> Vec<(u64, bool)> {
-    let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build().unwrap();
     let mut sent = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let n = next.fetch_add(1, Ordering::Relaxed);
@@ -50,13 +50,16 @@ async fn client(
 /// Runs clients until the process is killed after `life`; gives what they sent.
 async fn one_life(
     running: &mut Running,
+    http: &reqwest::Client,
     next: &Arc<AtomicU64>,
     ledger: &Arc<Mutex<Ledger>>,
     life: Duration,
 ) -> Vec<(u64, bool)> {
     let stop = Arc::new(AtomicBool::new(false));
     let clients: Vec<_> = (0..8)
-        .map(|number| tokio::spawn(client(running.url.clone(), number, next.clone(), stop.clone(), ledger.clone())))
+        .map(|number| {
+            tokio::spawn(client(http.clone(), running.url.clone(), number, next.clone(), stop.clone(), ledger.clone()))
+        })
         .collect();
     tokio::time::sleep(life).await;
     running.kill();
@@ -76,10 +79,12 @@ async fn killed_again_and_again_under_load_nothing_acknowledged_is_missing() {
     let next = Arc::new(AtomicU64::new(0));
     let mut sent = BTreeMap::new();
     let mut seed = fastrand::Rng::new();
+    // Made once: making a client takes longer than a life.
+    let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build().unwrap();
     for _ in 0..kills {
         let mut running = place.start().await;
         let life = Duration::from_millis(seed.u64(20..250));
-        sent.extend(one_life(&mut running, &next, &ledger, life).await);
+        sent.extend(one_life(&mut running, &http, &next, &ledger, life).await);
     }
     let mut running = place.start().await;
     running.accepted("ledger", None, json!({"n": "last"})).await;

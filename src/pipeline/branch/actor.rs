@@ -92,7 +92,8 @@ pub(super) struct Actor {
     /// Up to here records go one by one, each with a durable mark first.
     careful_until: Position,
     marks: HashMap<Position, u32>,
-    draining: bool,
+    /// A stop was asked for; what is left is sent until then.
+    draining: Option<Instant>,
 }
 
 /// Runs the branch from its stored cursor until it is drained.
@@ -149,7 +150,7 @@ pub(super) async fn run(
         stored: start.cursor,
         careful_until: if careful { Position(start.cursor.0 + WINDOW) } else { Position(0) },
         marks: start.marks.into_iter().collect(),
-        draining: false,
+        draining: None,
         deps,
         plan,
         board,
@@ -177,7 +178,7 @@ impl Actor {
         loop {
             self.dispatch();
             self.store_frontier();
-            if self.draining
+            if self.is_halting()
                 && self.batches.is_empty()
                 && self.settles.is_empty()
                 && self.stored == self.frontier.position()
@@ -194,7 +195,7 @@ impl Actor {
             let shelf_wake = self.asides.next_try();
             let clock = self.deps.clock.clone();
             tokio::select! {
-                Some(command) = commands.recv(), if !self.draining => {
+                Some(command) = commands.recv(), if self.draining.is_none() => {
                     if let Some(newer) = self.obey(command).await {
                         // What has ended beyond the frontier has ended under the new plan too.
                         let ended = self.frontier.ended_beyond().chain(self.passed.drain()).collect();
@@ -212,22 +213,32 @@ impl Actor {
                     self.enqueue(prepared?);
                 }
                 Some((lane, rows)) = self.loads.next(), if !self.loads.is_empty() => self.loaded(&lane, rows?).await,
-                lanes = &mut replayed, if !self.draining => {
+                lanes = &mut replayed, if self.draining.is_none() => {
                     replayed = shelf.replayed_lanes(&self.plan.name);
                     self.replayed(lanes);
                 }
                 () = async { match wake { Some(at) => tokio::time::sleep_until(at).await, None => std::future::pending().await } } => {
                     self.tick().await?;
                 }
-                () = async { match shelf_wake { Some(at) => clock.sleep_until(at).await, None => std::future::pending().await } }, if !self.draining => {
+                () = async { match shelf_wake { Some(at) => clock.sleep_until(at).await, None => std::future::pending().await } }, if self.draining.is_none() => {
                     self.load_due();
                 }
             }
         }
     }
 
+    /// Nothing more is sent: a stop was asked for, and all is delivered, or its time is over, or the target is away.
+    fn is_halting(&self) -> bool {
+        self.draining.is_some_and(|until| {
+            self.pause.is_some()
+                || self.breaker.circuit() != Circuit::Closed
+                || Instant::now() >= until
+                || self.frontier.position() >= self.deps.log.end()
+        })
+    }
+
     fn may_read(&self) -> bool {
-        !self.draining
+        !self.is_halting()
             && self.lanes.len() < READ * 4
             && self.bytes < WINDOW_BYTES
             && self.read_to.0.saturating_sub(self.deps.log.lag(&self.plan.name).cursor.0) < WINDOW
@@ -328,7 +339,7 @@ impl Actor {
     fn dispatch(&mut self) {
         let now = Instant::now();
         self.lanes.wake(now);
-        if self.draining || self.pause.as_ref().is_some_and(|pause| pause.cause != "breaker") {
+        if self.is_halting() || self.pause.as_ref().is_some_and(|pause| pause.cause != "breaker") {
             return;
         }
         let careful = self.is_careful();
@@ -432,7 +443,7 @@ impl Actor {
 
     fn next_wake(&self) -> Option<Instant> {
         let now = Instant::now();
-        let blocked = self.pause.as_ref().is_some_and(|pause| pause.cause != "breaker") || self.draining;
+        let blocked = self.pause.as_ref().is_some_and(|pause| pause.cause != "breaker") || self.is_halting();
         let ready = self.lanes.has_ready() && !blocked;
         let open = match self.breaker.circuit() {
             Circuit::Open { probe_at } if ready => Some(probe_at),
@@ -443,9 +454,10 @@ impl Actor {
         let pace = self.pace.wait().filter(|_| closed && linger.is_none()).map(|wait| now + wait);
         let watched = self.pause.as_ref().is_some_and(|pause| pause.cause == "dead_letters_full")
             || self.asides.any_blocked()
-            || (self.lanes.len() == 0 && !self.draining && !self.may_read());
+            || (self.lanes.len() == 0 && self.draining.is_none() && !self.may_read());
         let tick = watched.then(|| now + TICK);
-        [self.lanes.next_wait().filter(|_| !blocked), open, linger, pace, tick].into_iter().flatten().min()
+        let drained = self.draining.filter(|_| !self.is_halting());
+        [drained, self.lanes.next_wait().filter(|_| !blocked), open, linger, pace, tick].into_iter().flatten().min()
     }
 
     async fn tick(&mut self) -> Result<(), LogError> {
@@ -487,7 +499,7 @@ impl Actor {
                 let skipped = self.skip(which).await;
                 let _ = answer.send(skipped);
             }
-            Command::Drain => self.draining = true,
+            Command::Drain(until) => self.draining = Some(until),
         }
         None
     }

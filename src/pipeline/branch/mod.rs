@@ -22,6 +22,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 pub use stats::{ATTEMPT_BUCKETS, Board, BranchCounters, BranchStatus, Pause};
 
@@ -68,7 +69,7 @@ pub(super) enum Command {
     Pause(String),
     Resume,
     Skip(Skip, oneshot::Sender<Option<RecordId>>),
-    Drain,
+    Drain(Instant),
 }
 
 /// The hold on a running branch. Dropping it stops the branch at once; what was under way is sent again at the next start.
@@ -130,10 +131,13 @@ impl BranchHandle {
         wait.await.ok().flatten()
     }
 
-    /// Stops reading, waits for what is under way, settles, and ends; gives up waiting at the deadline.
+    /// Sends what is left while the target takes it, waits for what is under way, settles, and ends; at the deadline it
+    /// ends as it is.
     pub async fn drain(&self, deadline: Duration) {
+        // A part of the time is for what is under way when sending stops.
+        let until = Instant::now() + deadline.mul_f64(0.7);
         let drained = async {
-            let _ = self.commands.send(Command::Drain).await;
+            let _ = self.commands.send(Command::Drain(until)).await;
             let _ = (&mut *self.task.lock().await).await;
         };
         if tokio::time::timeout(deadline, drained).await.is_err() {
