@@ -7,7 +7,7 @@ mod branch;
 mod client;
 mod dead_letters;
 mod explain;
-
+mod log;
 mod logging;
 mod namespace;
 mod output;
@@ -47,6 +47,9 @@ enum Verb {
     /// Delete a namespace with all that it holds
     #[command(subcommand)]
     Namespace(namespace::NamespaceVerb),
+    /// Look at a data folder on which nothing runs: verify, dump, repair
+    #[command(subcommand)]
+    Log(log::LogVerb),
     /// Print the JSON Schema of pipeline files, or the OpenAPI description of the HTTP interface
     Schema(schema::SchemaArgs),
     /// Explain an error code
@@ -131,6 +134,7 @@ fn carry_out(verb: Verb) -> Result<(), Stop> {
         Verb::DeadLetters(verb) => client::block_on(dead_letters::dead_letters(verb)),
         Verb::Branch(verb) => client::block_on(branch::branch(verb)),
         Verb::Namespace(verb) => client::block_on(namespace::namespace(verb)),
+        Verb::Log(verb) => verb.run(),
         Verb::Schema(args) => schema::schema(&args),
         Verb::Explain(args) => explain::explain(&args),
         Verb::Healthcheck(args) => client::block_on(status::healthcheck(args)),

@@ -37,6 +37,7 @@ pub mod due;
 pub mod frame;
 mod gone;
 pub mod index;
+pub mod inspect;
 pub mod journal;
 pub mod keys;
 mod log;

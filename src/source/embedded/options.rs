@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::disk::{Disk, RealDisk};
+use super::scan::OnRot;
 use crate::clock::Clock;
 
 /// The settings of one embedded log. [`Options::new`] gives those for production; tests make files tiny.
@@ -16,6 +17,8 @@ pub struct Options {
     pub clock: Clock,
     /// The file system.
     pub disk: Arc<dyn Disk>,
+    /// What a start does about durable frames that are damaged.
+    pub on_rot: OnRot,
     /// Bytes of a journal file.
     pub journal_file_bytes: u64,
     /// Journal files kept ready, so that acks and trims can be written when the disk is full.
@@ -47,6 +50,7 @@ impl Options {
             data,
             clock,
             disk: Arc::new(RealDisk),
+            on_rot: OnRot::Refuse,
             journal_file_bytes: 64 << 20,
             journal_spares: 2,
             checkpoint_bytes: 192 << 20,

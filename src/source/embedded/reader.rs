@@ -93,13 +93,19 @@ impl Reader {
                 return Ok(self.gave(entries));
             }
             if from <= space.end() {
+                let settled = space.segments.lock().settled();
                 let (place, shared, space) = (self.place.take(), Arc::clone(&self.shared), Arc::clone(&self.space));
                 let read = move || from_segments(&shared, &space, place, from, max_records, max_bytes);
                 let panicked = |_| LogError::Closed("the reading thread failed".into());
                 let (entries, place) = tokio::task::spawn_blocking(read).await.map_err(panicked)??;
+                let at_end = entries.is_empty() && place.is_some();
                 self.place = place;
                 if !entries.is_empty() {
                     return Ok(self.gave(entries));
+                }
+                if at_end && from <= settled {
+                    // A repair gave up the records from here on.
+                    self.at = self.at.max(settled);
                 }
                 tokio::task::yield_now().await;
                 continue;

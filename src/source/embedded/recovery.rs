@@ -19,7 +19,7 @@ use super::frame::HEADER_BYTES;
 use super::journal::{JournalFiles, OpenFile};
 use super::keys::Keys;
 use super::options::{NamespaceSettings, Options};
-use super::scan::{Cut, OnRot, Scan, ScanError, Scanned, scan};
+use super::scan::{Cut, Lost, Scan, ScanError, Scanned, scan};
 use super::segment::{SegmentError, SegmentFiles, Segments};
 use super::shared::{Parts, Shared, Spaces};
 use super::space::Space;
@@ -130,7 +130,7 @@ pub(super) fn recover(options: Options) -> Result<Recovered, OpenError> {
     let folder = options.data.join("journal");
     tried("make", &folder, disk.make_folder(&folder))?;
     let mut groups: Vec<Vec<Scanned>> = Vec::new();
-    let found = scan(&*disk, &folder, state.checkpoint(), OnRot::Refuse, &mut |group| groups.push(group))?;
+    let found = scan(&*disk, &folder, state.checkpoint(), options.on_rot, &mut |group| groups.push(group))?;
     if let Some(cut) = &found.cut {
         keep_aside(&options, cut)?;
     }
@@ -171,13 +171,18 @@ pub(super) fn recover(options: Options) -> Result<Recovered, OpenError> {
         due: Due::new(options.due_bytes),
         keys: Keys::default(),
         reader: state.reader(),
-        damaged: Vec::new(),
+        damaged: found.lost.iter().map(lost_frames).collect(),
         options,
     }));
     for commit in &commits {
         remember(&shared, commit, applied);
     }
     Ok(Recovered { shared, state, segments: segment_files, file, last: found.last, time, commits, clean, lock })
+}
+
+fn lost_frames(lost: &Lost) -> String {
+    let Lost { path, offset, first, last } = lost;
+    format!("{} at byte {offset}: frames {} to {} are lost", path.display(), first.0, last.0)
 }
 
 fn full_is_fine(error: io::Error) -> io::Result<()> {

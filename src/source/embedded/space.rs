@@ -193,7 +193,11 @@ impl Space {
     pub(super) fn recent(&self, from: Position, max_records: usize, max_bytes: usize) -> Option<Vec<Entry>> {
         let tail = self.tail.lock();
         let first = tail.entries.front()?.entry.position;
-        let skip = usize::try_from(from.0.checked_sub(first.0)?).ok()?;
+        if from < first {
+            return None;
+        }
+        // Not by subtraction: a repair may have left gaps.
+        let skip = tail.entries.partition_point(|recent| recent.entry.position < from);
         let mut bytes = 0;
         let mut taken = Vec::new();
         for recent in tail.entries.iter().skip(skip) {

@@ -44,7 +44,9 @@ pub enum StateError {
         cause: rusqlite::Error,
     },
     /// The file is not what this version can use.
-    #[error("state.db at {path} is damaged: {what}. Restore it from a back-up, or run `walflow log repair`")]
+    #[error(
+        "state.db at {path} is damaged: {what}. Restore the data folder from a back-up; `walflow log dump` shows what journal and segments still hold"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -190,6 +192,19 @@ impl State {
             key_tables,
             sampled: std::collections::HashMap::new(),
         })
+    }
+
+    /// Has SQLite read the whole file. Gives what it complains about.
+    ///
+    /// # Errors
+    /// When SQLite fails.
+    pub fn check(&self) -> Result<Vec<String>, StateError> {
+        let read = || {
+            let mut rows = self.db.prepare("PRAGMA integrity_check(20)")?;
+            rows.query_map([], |row| row.get::<_, String>(0))?.collect::<Result<Vec<_>, _>>()
+        };
+        let said = read().map_err(failed(&self.path, "check the whole file"))?;
+        Ok(said.into_iter().filter(|line| line != "ok").collect())
     }
 
     /// Everything at or below is in the last commit.

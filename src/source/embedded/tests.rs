@@ -1,6 +1,7 @@
 //! The log as a whole, with tiny files so that rotation and checkpoints happen in every run.
 
 mod crash;
+mod repair;
 mod verbs;
 
 use std::path::Path;
