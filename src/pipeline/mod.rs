@@ -13,3 +13,4 @@ pub mod revisions;
 pub use dry_run::{DryRun, dry_run};
 pub use epoch::{EpochError, from_epoch};
 pub use make::{Made, make};
+pub use report::{BranchReport, Fact, Figures, Report};

@@ -74,6 +74,56 @@ pub struct BranchReport {
     pub region: Option<String>,
     /// Everything that its driver obeys.
     pub facts: Vec<Fact>,
+    /// The same in numbers.
+    pub figures: Figures,
+}
+
+/// What a branch's driver obeys, in numbers for machines.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Figures {
+    /// The API's type of the target.
+    pub target: TargetKind,
+    /// Whether a key's order is kept.
+    pub ordering: Ordering,
+    /// Records a second.
+    pub rate_per_second: Option<f64>,
+    /// Records at once after a quiet time.
+    pub burst: Option<u32>,
+    /// Batches under way at once.
+    pub concurrency: usize,
+    /// Records of a batch.
+    pub batch_records: usize,
+    /// Payload bytes of a batch.
+    pub batch_bytes: usize,
+    /// How long an incomplete batch waits.
+    pub linger_seconds: f64,
+    /// Attempts, the first included.
+    pub attempts: u32,
+    /// The longest waits between all attempts together.
+    pub retry_total_seconds: f64,
+    /// When a record is given up, in time in which the branch was open.
+    pub give_up_seconds: f64,
+    /// Where the branch pauses.
+    pub dead_letters_bytes: u64,
+}
+
+impl Figures {
+    fn of(branch: &BranchPlan) -> Self {
+        Self {
+            target: branch.target,
+            ordering: branch.ordering,
+            rate_per_second: branch.rate.map(|(rate, _)| rate),
+            burst: branch.rate.map(|(_, burst)| burst),
+            concurrency: branch.concurrency,
+            batch_records: branch.batch.records,
+            batch_bytes: branch.batch.bytes,
+            linger_seconds: branch.batch.linger.as_secs_f64(),
+            attempts: branch.retry.attempts,
+            retry_total_seconds: branch.retry.longest_total().as_secs_f64(),
+            give_up_seconds: branch.retry.give_up.as_secs_f64(),
+            dead_letters_bytes: branch.dead_letters.size.0,
+        }
+    }
 }
 
 fn fact(name: &'static str, says: impl Into<String>) -> Fact {
@@ -103,7 +153,7 @@ fn brief(text: &str) -> String {
 }
 
 /// Says what a plan means.
-pub fn report(loaded: &Loaded, plan: &Plan) -> Report {
+pub(super) fn report(loaded: &Loaded, plan: &Plan) -> Report {
     let spec = loaded.spec.as_ref();
     let stages = spec.map(|spec| spec.transform.as_slice()).unwrap_or_default();
     Report {
@@ -291,6 +341,7 @@ impl Describe<'_> {
             kind,
             region: branch.region.as_deref().map(ToOwned::to_owned),
             facts,
+            figures: Figures::of(branch),
         }
     }
 

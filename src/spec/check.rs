@@ -172,8 +172,8 @@ impl Walk<'_> {
         if let Some(text) = self.written.get(pointer).and_then(|written| written.whole.as_deref()) {
             match (expected, core_type(text)) {
                 ("string", _) => *value = Value::String(text.to_owned()),
-                ("integer" | "number", fitting @ Value::Number(_)) | ("boolean", fitting @ Value::Bool(_)) => {
-                    *value = fitting
+                ("integer" | "number", scalar @ Value::Number(_)) | ("boolean", scalar @ Value::Bool(_)) => {
+                    *value = scalar
                 }
                 _ => {}
             }
