@@ -80,7 +80,7 @@ async fn killed_again_and_again_under_load_nothing_acknowledged_is_missing() {
     let mut sent = BTreeMap::new();
     let mut seed = fastrand::Rng::new();
     // Made once: making a client takes longer than a life.
-    let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build().unwrap();
+    let http = crate::harness::client();
     for _ in 0..kills {
         let mut running = place.start().await;
         let life = Duration::from_millis(seed.u64(20..250));
