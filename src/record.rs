@@ -82,7 +82,6 @@ impl RecordId {
     }
 
     /// The number of the namespace that drew it.
-    #[expect(clippy::cast_possible_truncation, reason = "masked to 24 bits")]
     pub fn namespace_number(self) -> u32 {
         ((self.0.as_u64_pair().1 >> 38) & 0x00FF_FFFF) as u32
     }

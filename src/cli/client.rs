@@ -129,7 +129,7 @@ pub(super) fn segment(text: &str) -> String {
         if byte.is_ascii_alphanumeric() || b"-._~@".contains(&byte) {
             out.push(char::from(byte));
         } else {
-            out.push_str(&format!("%{byte:02X}"));
+            let _: std::fmt::Result = std::fmt::Write::write_fmt(&mut out, format_args!("%{byte:02X}"));
         }
     }
     out

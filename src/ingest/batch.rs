@@ -9,7 +9,6 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, StatusCode};
 use serde_json::Value;
 use tokio::sync::mpsc;
-use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use warp::reply::Reply as _;
 
@@ -25,7 +24,7 @@ const MOST_BYTES: usize = 2 << 20;
 
 type Answers = mpsc::Sender<Result<Bytes, std::convert::Infallible>>;
 
-pub(super) async fn batch(directory: Arc<dyn Directory>, headers: HeaderMap, body: Incoming) -> warp::reply::Response {
+pub(super) fn batch(directory: Arc<dyn Directory>, headers: HeaderMap, body: Incoming) -> warp::reply::Response {
     let fine = directory.keys().check(&headers).and_then(|()| {
         is_json(&headers, &["application/x-ndjson", "application/ndjson", "application/jsonl", "application/json"])
     });
@@ -34,7 +33,7 @@ pub(super) async fn batch(directory: Arc<dyn Directory>, headers: HeaderMap, bod
     }
     let (answers, stream) = mpsc::channel(4);
     tokio::spawn(run(directory, body, answers));
-    let mut response = warp::reply::stream(ReceiverStream::new(stream).map(|part| part)).into_response();
+    let mut response = warp::reply::stream(ReceiverStream::new(stream)).into_response();
     let kind = http::HeaderValue::from_static("application/x-ndjson");
     response.headers_mut().insert(http::header::CONTENT_TYPE, kind);
     response

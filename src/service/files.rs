@@ -21,7 +21,7 @@ use crate::spec::{Loaded, load};
 use crate::transform::Compiler;
 
 /// Where the files are and what they may refer to.
-pub struct Files {
+pub(super) struct Files {
     paths: Vec<PathBuf>,
     environment: Environment,
     compiler: Compiler,
@@ -30,7 +30,7 @@ pub struct Files {
 
 /// What one reading found.
 #[derive(Debug, Default)]
-pub struct Reading {
+pub(super) struct Reading {
     /// By namespace; none twice.
     pub found: Vec<Found>,
     /// Everything that was said about the files, warnings too.
@@ -41,7 +41,7 @@ pub struct Reading {
 
 /// One namespace's file.
 #[derive(Clone, Debug)]
-pub struct Found {
+pub(super) struct Found {
     /// The namespace.
     pub namespace: Namespace,
     /// Its plan, or the first error.
@@ -50,7 +50,7 @@ pub struct Found {
 
 impl Files {
     /// Files under these paths; references are resolved in the process's own environment.
-    pub fn new(paths: Vec<PathBuf>) -> Self {
+    pub(super) fn new(paths: Vec<PathBuf>) -> Self {
         let variables: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
@@ -59,7 +59,7 @@ impl Files {
     }
 
     /// Reads everything again.
-    pub fn read(&self) -> Reading {
+    pub(super) fn read(&self) -> Reading {
         let load = load(&self.paths, &self.environment);
         let mut reading = Reading { problems: load.diagnostics, ..Reading::default() };
         let mut by_name: BTreeMap<Namespace, Result<Arc<Plan>, Arc<Diagnostic>>> = BTreeMap::new();
@@ -97,7 +97,7 @@ impl Files {
     }
 
     /// Makes the plan of an earlier revision again.
-    pub fn restore(&self, files: &[u8]) -> Result<Arc<Plan>, String> {
+    pub(super) fn restore(&self, files: &[u8]) -> Result<Arc<Plan>, String> {
         let made = from_epoch(files, &self.environment, &self.compiler).map_err(|error| error.to_string())?;
         let problem = made.diagnostics.iter().find(|problem| problem.is_error()).map(Diagnostic::short);
         match (made.plan, problem) {
@@ -127,12 +127,12 @@ impl Files {
 
 impl Reading {
     /// True when any file has an error.
-    pub fn has_errors(&self) -> bool {
+    pub(super) fn has_errors(&self) -> bool {
         self.problems.iter().any(Diagnostic::is_error)
     }
 
     /// Tells every problem to the log.
-    pub fn report(&self) {
+    pub(super) fn report(&self) {
         for problem in &self.problems {
             let (code, file, line) = (problem.code.as_str(), &*problem.file, problem.line);
             if problem.is_error() {

@@ -203,7 +203,7 @@ impl Pipeline {
             match last {
                 Some(branch) => self.open(branch, Start::Latest).await?,
                 None => {
-                    warn!(ns = %self.namespace, branch = %name, "no file that is kept has this branch; what it holds waits for one")
+                    warn!(ns = %self.namespace, branch = %name, "no file that is kept has this branch; what it holds waits for one");
                 }
             }
         }
@@ -282,7 +282,7 @@ fn is_retired(plan: &Plan, name: &BranchName) -> bool {
 /// The way in by a plan. Bytes under way stay counted over a change.
 fn inlet(plan: &Plan, log: &Arc<dyn Log>, clock: &Clock, budget: Option<Arc<Budget>>) -> Inlet {
     let source = &plan.source;
-    let (limit, rate) = (source.limits.in_flight.0, source.limits.rate.map(|rate| rate.per_second()));
+    let (limit, rate) = (source.limits.in_flight.0, source.limits.rate.map(crate::units::Rate::per_second));
     let outlet = |branch: &Arc<BranchPlan>| Outlet {
         sink: Arc::clone(&branch.sink),
         region: branch.region.clone(),

@@ -175,7 +175,7 @@ impl Pipelines {
             match self.files.restore(&epoch.files) {
                 Ok(plan) => plans.push((epoch.number, plan)),
                 Err(problem) => {
-                    warn!(ns = %name, epoch = epoch.number, problem, "an earlier revision cannot be read any more; its records go by the newest")
+                    warn!(ns = %name, epoch = epoch.number, problem, "an earlier revision cannot be read any more; its records go by the newest");
                 }
             }
         }

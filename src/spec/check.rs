@@ -173,7 +173,7 @@ impl Walk<'_> {
             match (expected, core_type(text)) {
                 ("string", _) => *value = Value::String(text.to_owned()),
                 ("integer" | "number", scalar @ Value::Number(_)) | ("boolean", scalar @ Value::Bool(_)) => {
-                    *value = scalar
+                    *value = scalar;
                 }
                 _ => {}
             }

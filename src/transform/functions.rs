@@ -155,11 +155,11 @@ fn new_child(mut child: Map) -> Answer<NewChild> {
     let Some(payload) = child.remove("payload") else { return raise("emit needs a map with a `payload`") };
     let payload = json(&payload)?.into();
     let key = match child.remove("key") {
-        Some(key) => Some(key_of(&key).or_else(|why| raise(why))?),
+        Some(key) => Some(key_of(&key).or_else(raise)?),
         None => None,
     };
     let headers = match child.remove("headers") {
-        Some(headers) => Some(headers_of(&headers).or_else(|why| raise(why))?),
+        Some(headers) => Some(headers_of(&headers).or_else(raise)?),
         None => None,
     };
     match child.keys().next() {
@@ -214,7 +214,7 @@ fn draw(run: &mut Run) -> [u8; 32] {
 }
 
 fn uuid_of(drawn: [u8; 32]) -> String {
-    let (bytes, _) = drawn.split_first_chunk::<16>().map_or(([0; 16], ()), |(first, _)| (*first, ()));
+    let (bytes, ()) = drawn.split_first_chunk::<16>().map_or(([0; 16], ()), |(first, _)| (*first, ()));
     uuid::Builder::from_random_bytes(bytes).into_uuid().to_string()
 }
 
@@ -257,4 +257,32 @@ fn bytes_of(value: &Dynamic) -> Answer<Vec<u8>> {
 fn text_of(decoded: Result<Vec<u8>, base64::DecodeError>) -> Answer<ImmutableString> {
     let bytes = decoded.or_else(|error| raise(format!("no base64: {error}")))?;
     String::from_utf8(bytes).map(ImmutableString::from).or_else(|_| raise("what is in the base64 is no UTF-8 text"))
+}
+
+/// Every function with its signature, as a table in Markdown.
+pub fn functions_table() -> String {
+    let mut out = String::from(
+        "# Functions for scripts and expressions\n\nGenerated from the code; see `src/transform/functions.rs`.\n\n| function | what it gives |\n|---|---|\n",
+    );
+    for Entry { signature, does } in TABLE {
+        let _: std::fmt::Result =
+            writeln!(out, "| `{}` | {} |", signature.replace('|', "\\|"), does.replace('|', "\\|"));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_that_is_checked_in_is_that_of_the_code() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/transform/FUNCTIONS.md");
+        if std::env::var_os("WALFLOW_REGENERATE").is_some() {
+            std::fs::write(path, functions_table()).unwrap();
+        }
+        let stored = std::fs::read_to_string(path).unwrap_or_default();
+        let how = "run `WALFLOW_REGENERATE=1 cargo test --lib transform::functions` and look at the difference";
+        assert!(stored == functions_table(), "FUNCTIONS.md differs from the code; {how}");
+    }
 }

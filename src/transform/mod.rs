@@ -24,6 +24,7 @@ use crate::clock::Timestamp;
 pub use compile::{CompileError, Compiler, Place, StageKind, StageSource};
 pub use depth::{MAX_DEPTH, json_depth};
 pub use event::{Event, NotJson};
+pub use functions::functions_table;
 pub use schema::{PayloadSchema, SchemaError, SchemaFault};
 
 use program::Program;

@@ -170,9 +170,9 @@ mod tests {
     fn plain_conditions_only_read() {
         for text in [
             r#"payload.operation != "NOOP""#,
-            r#"payload.a == 1 && (payload.b >= 2 || !payload.c) && payload?.d?.e <= 3"#,
+            "payload.a == 1 && (payload.b >= 2 || !payload.c) && payload?.d?.e <= 3",
             r#"payload.tags.contains("x=1;") || key.starts_with("a")"#,
-            r#"if payload.vip { 0 } else { 3600 }"#,
+            "if payload.vip { 0 } else { 3600 }",
             r#"switch payload.kind { "a" => true, _ => false }"#,
         ] {
             assert!(uses(text).only_reads && !uses(text).repeats, "{text}");

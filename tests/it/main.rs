@@ -4,7 +4,10 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,
-    reason = "a test that cannot go on fails"
+    clippy::disallowed_methods,
+    clippy::print_stderr,
+    clippy::format_push_string,
+    reason = "a test that cannot go on fails, and says what it saw"
 )]
 #![expect(unreachable_pub, reason = "the files share what the harness offers")]
 

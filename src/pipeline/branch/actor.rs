@@ -173,8 +173,8 @@ impl Actor {
     ) -> Result<Ended, LogError> {
         let mut idle = Some(subscription);
         let mut reading: Option<Reading> = None;
-        let shelf = Arc::clone(&self.deps.shelf);
-        let mut replayed = shelf.replayed_lanes(&self.plan.name);
+        let held = Arc::clone(&self.deps.shelf);
+        let mut replayed = held.replayed_lanes(&self.plan.name);
         loop {
             self.dispatch();
             self.store_frontier();
@@ -214,7 +214,7 @@ impl Actor {
                 }
                 Some((lane, rows)) = self.loads.next(), if !self.loads.is_empty() => self.loaded(&lane, rows?).await,
                 lanes = &mut replayed, if self.draining.is_none() => {
-                    replayed = shelf.replayed_lanes(&self.plan.name);
+                    replayed = held.replayed_lanes(&self.plan.name);
                     self.replayed(lanes);
                 }
                 () = async { match wake { Some(at) => tokio::time::sleep_until(at).await, None => std::future::pending().await } } => {
@@ -395,11 +395,11 @@ impl Actor {
             region: region.clone(),
         };
         let batch: Vec<Operation> = taken.iter().map(operation).collect();
-        let (sink, shelf, name) = (Arc::clone(&self.sink), Arc::clone(&self.deps.shelf), self.plan.name.clone());
+        let (sink, settles_at, name) = (Arc::clone(&self.sink), Arc::clone(&self.deps.shelf), self.plan.name.clone());
         let attempt = async move {
             if let Some(position) = mark {
                 let settlement = Settlement { mark: Some(position), ..Settlement::default() };
-                if shelf.settle(&name, settlement).await.is_err() {
+                if settles_at.settle(&name, settlement).await.is_err() {
                     return BatchDone { taken, written: None, took: Duration::ZERO };
                 }
             }

@@ -17,7 +17,7 @@ const PROBE_WAITS: (Duration, Duration) = (Duration::from_millis(500), Duration:
 
 /// Whether the target may be tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Circuit {
+pub(super) enum Circuit {
     /// Yes.
     Closed,
     /// No, until then.
@@ -31,7 +31,7 @@ pub enum Circuit {
 
 /// The state of one branch's breaker.
 #[derive(Debug)]
-pub struct Breaker {
+pub(super) struct Breaker {
     circuit: Circuit,
     wait: Duration,
     /// Counts runs of failures without a success between; names the run in which a delivery failed.
@@ -58,17 +58,17 @@ impl Default for Breaker {
 
 impl Breaker {
     /// Whether the target may be tried.
-    pub const fn circuit(&self) -> Circuit {
+    pub(super) const fn circuit(&self) -> Circuit {
         self.circuit
     }
 
     /// The number of the current run of failures.
-    pub const fn streak(&self) -> u64 {
+    pub(super) const fn streak(&self) -> u64 {
         self.streak
     }
 
     /// The target took or refused a record: it is there. True when the circuit was not closed.
-    pub fn answered(&mut self, refused: bool) -> bool {
+    pub(super) fn answered(&mut self, refused: bool) -> bool {
         self.streak += 1;
         self.failures = 0;
         self.lanes.clear();
@@ -82,18 +82,18 @@ impl Breaker {
     }
 
     /// Half of the last outcomes were refusals: a bad deploy, not bad records.
-    pub const fn is_refusing(&self) -> bool {
+    pub(super) const fn is_refusing(&self) -> bool {
         self.refused * 2 >= REFUSAL_WINDOW
     }
 
     /// Forgets the refusals, so that a resumed branch is given another chance.
-    pub fn forgive(&mut self) {
+    pub(super) fn forgive(&mut self) {
         self.outcomes.clear();
         self.refused = 0;
     }
 
     /// The target is away, or asked to be left alone for `at_least`. True when the circuit was closed before.
-    pub fn down(&mut self, now: Instant, at_least: Option<Duration>) -> bool {
+    pub(super) fn down(&mut self, now: Instant, at_least: Option<Duration>) -> bool {
         let opened = self.circuit == Circuit::Closed;
         if opened || self.circuit == Circuit::Probing {
             // Between half and all of the wait, so that many branches do not probe in step.
@@ -105,7 +105,7 @@ impl Breaker {
     }
 
     /// An attempt failed in a way that may be the record's or the target's fault. True when the circuit opened by it.
-    pub fn failed(&mut self, now: Instant, lane: &str) -> bool {
+    pub(super) fn failed(&mut self, now: Instant, lane: &str) -> bool {
         self.failures += 1;
         if self.lanes.len() < 2 && !self.lanes.iter().any(|known| &**known == lane) {
             self.lanes.push(lane.into());
@@ -115,7 +115,7 @@ impl Breaker {
     }
 
     /// Takes the right to send one probe, when its time has come.
-    pub fn try_probe(&mut self, now: Instant) -> bool {
+    pub(super) fn try_probe(&mut self, now: Instant) -> bool {
         let due = matches!(self.circuit, Circuit::Open { probe_at } if probe_at <= now);
         if due {
             self.circuit = Circuit::Probing;
@@ -124,7 +124,7 @@ impl Breaker {
     }
 
     /// An operator says that the target is back: the next probe goes at once.
-    pub fn probe_now(&mut self) {
+    pub(super) fn probe_now(&mut self) {
         self.wait = PROBE_WAITS.0;
         if let Circuit::Open { probe_at } = &mut self.circuit {
             *probe_at = Instant::now();
@@ -132,7 +132,7 @@ impl Breaker {
     }
 
     /// The probe could not be sent: there was nothing to send.
-    pub fn probe_unused(&mut self, now: Instant) {
+    pub(super) fn probe_unused(&mut self, now: Instant) {
         self.circuit = Circuit::Open { probe_at: now };
     }
 }

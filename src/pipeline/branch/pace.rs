@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 /// A branch's allowance. Without a rate everything may go.
 #[derive(Debug)]
-pub struct Pace {
+pub(super) struct Pace {
     rate: Option<(f64, f64)>,
     tokens: f64,
     filled: Instant,
@@ -16,7 +16,7 @@ pub struct Pace {
 
 impl Pace {
     /// Records a second and the burst; the bucket starts full.
-    pub fn new(rate: Option<(f64, u32)>, now: Instant) -> Self {
+    pub(super) fn new(rate: Option<(f64, u32)>, now: Instant) -> Self {
         let rate = rate.map(|(per_second, burst)| (per_second, f64::from(burst.max(1))));
         Self { rate, tokens: rate.map_or(0.0, |(_, burst)| burst), filled: now }
     }
@@ -28,7 +28,7 @@ impl Pace {
         clippy::cast_precision_loss,
         reason = "bounded by a batch"
     )]
-    pub fn take(&mut self, wanted: usize, now: Instant) -> usize {
+    pub(super) fn take(&mut self, wanted: usize, now: Instant) -> usize {
         let Some((per_second, burst)) = self.rate else { return wanted };
         self.tokens = (self.tokens + (now - self.filled).as_secs_f64() * per_second).min(burst);
         self.filled = now;
@@ -39,12 +39,12 @@ impl Pace {
 
     /// Gives back what was taken and not used.
     #[expect(clippy::cast_precision_loss, reason = "bounded by a batch")]
-    pub fn give_back(&mut self, unused: usize) {
+    pub(super) fn give_back(&mut self, unused: usize) {
         self.tokens += unused as f64;
     }
 
     /// How long until one more may go; `None` when there is no rate.
-    pub fn wait(&self) -> Option<Duration> {
+    pub(super) fn wait(&self) -> Option<Duration> {
         let (per_second, _) = self.rate?;
         // A little more than exact, so that the timer does not fire just before the token is there.
         Some(Duration::from_secs_f64((1.0 - self.tokens).max(0.0) / per_second) + Duration::from_millis(1))

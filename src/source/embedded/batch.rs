@@ -38,7 +38,7 @@ pub(super) struct Finish {
     pub(super) answer: Reply,
     pub(super) reservations: Vec<(Sequence, Reservation)>,
     /// Given back when the answer has been sent.
-    pub(super) permit: Option<OwnedSemaphorePermit>,
+    pub(super) _permit: Option<OwnedSemaphorePermit>,
 }
 
 /// One durable frame with where it lies in its commit.
@@ -57,8 +57,6 @@ pub(super) struct Commit {
     /// Whose frames they are: so many in a row.
     pub(super) runs: Vec<(Arc<Space>, usize)>,
     pub(super) last: Sequence,
-    /// The records are in their segments already (after a start).
-    pub(super) in_segments: bool,
 }
 
 impl Commit {
@@ -120,7 +118,7 @@ impl Batch {
     pub(super) fn into_commit(self, last: Sequence) -> (Commit, Vec<Finish>) {
         let bytes = Bytes::from(self.bytes);
         let frames = self.frames.into_iter().map(|encoded| encoded.into_durable(&bytes)).collect();
-        (Commit { bytes, frames, runs: self.runs, last, in_segments: false }, self.finishes)
+        (Commit { bytes, frames, runs: self.runs, last }, self.finishes)
     }
 }
 
@@ -156,5 +154,5 @@ pub(super) fn finish_now(
     answer: Result<Answer, Refusal>,
     permit: Option<OwnedSemaphorePermit>,
 ) -> Finish {
-    Finish { reply, answer, reservations: Vec::new(), permit }
+    Finish { reply, answer, reservations: Vec::new(), _permit: permit }
 }

@@ -150,7 +150,9 @@ impl Due {
     /// Rows that could not be released after all.
     pub fn give_back(&self, rows: Vec<DueRow>) {
         let mut soon = self.soon.lock();
-        rows.into_iter().for_each(|row| soon.insert(row));
+        for row in rows {
+            soon.insert(row);
+        }
     }
 
     /// When the first row is due, or when memory ends and has to be filled, whichever comes first.
@@ -202,7 +204,9 @@ impl Due {
         let (near, far) = std::mem::take(&mut soon.unsettled).into_iter().partition(|row| row.due_at < reached);
         soon.unsettled = far;
         let near: VecDeque<DueRow> = near;
-        near.into_iter().for_each(|row| soon.insert(row));
+        for row in near {
+            soon.insert(row);
+        }
         soon.shrink(self.limit, applied);
         Ok(true)
     }

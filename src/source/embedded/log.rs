@@ -239,7 +239,9 @@ async fn release_rows(shared: &Arc<Shared>, space: &Arc<Space>, rows: &[DueRow],
         }
         Ok(_) => {
             let now = shared.clock.now();
-            rows.iter().for_each(|row| shared.counters.late(now.since(row.due_at)));
+            for row in rows {
+                shared.counters.late(now.since(row.due_at));
+            }
         }
         Err(LogError::Closed(_)) => {}
         Err(error) => {

@@ -38,8 +38,6 @@ pub(super) enum Draft {
         due_at: Timestamp,
         /// Its id.
         id: RecordId,
-        /// Bytes of its record.
-        bytes: u64,
     },
     /// Move, if it still waits.
     Move {

@@ -282,7 +282,7 @@ fn into_commits(spaces: &mut Spaces, instance: &Arc<Space>, root: &Path, groups:
             frames.push(Durable { header, at, frame, record });
         }
         let runs = vec![(space, frames.len())];
-        commits.push(Commit { bytes: Bytes::from(bytes), frames, runs, last, in_segments: false });
+        commits.push(Commit { bytes: Bytes::from(bytes), frames, runs, last });
     }
     commits
 }

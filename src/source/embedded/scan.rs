@@ -157,8 +157,8 @@ where
         && oldest.first.0 > after.0 + 1
         && on_rot == OnRot::Refuse
     {
-        let last = Sequence(oldest.first.0 - 1);
-        return Err(ScanError::Missing { folder: folder.to_owned(), first: Sequence(after.0 + 1), last });
+        let until = Sequence(oldest.first.0 - 1);
+        return Err(ScanError::Missing { folder: folder.to_owned(), first: Sequence(after.0 + 1), last: until });
     }
     let mut walk = Walk { expected: Sequence(after.0 + 1), on_rot, scan, give };
     for (at, (header, path)) in files.iter().enumerate() {

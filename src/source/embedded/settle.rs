@@ -266,7 +266,7 @@ impl Settler {
 
     /// Applies again what a roll-back took back.
     fn apply_open(&mut self) -> Result<(), Stop> {
-        'again: loop {
+        loop {
             let applied = self.state.applied();
             let mut failed = None;
             for durable in self.open.iter().flat_map(|commit| &commit.frames) {
@@ -279,7 +279,6 @@ impl Settler {
             }
             let Some(error) = failed else { return Ok(()) };
             self.state_failed(&error)?;
-            continue 'again;
         }
     }
 

@@ -26,7 +26,7 @@ use super::settling::Settling;
 use super::space::Space;
 use super::state::StateReader;
 use crate::clock::Clock;
-use crate::record::{Namespace, Position, Record};
+use crate::record::{Namespace, Record};
 use crate::source::{Admitted, Entry, Epoch, LogError};
 
 /// How the log is doing; every field is what an operator would ask first.
@@ -543,6 +543,3 @@ fn draft_bytes(draft: &Draft) -> usize {
         Draft::Change(_) | Draft::Cancel { .. } => 0,
     }
 }
-
-/// A position that no record has, for namespaces without records.
-pub(super) const NOWHERE: Position = Position(0);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
-use super::change::{NamespaceNumber, Sequence};
+use super::change::NamespaceNumber;
 use super::segment::Segments;
 use crate::clock::Timestamp;
 use crate::record::{Namespace, Position, RecordId};
@@ -66,7 +66,7 @@ pub(super) struct Branch {
 const SAMPLES: usize = 600;
 
 /// One namespace in memory.
-pub struct Space {
+pub(super) struct Space {
     /// Its number.
     pub number: NamespaceNumber,
     /// Its name; `None` for the instance's own frames.
@@ -98,8 +98,6 @@ pub struct Space {
     pub(super) deleted: AtomicBool,
     /// Records that `on_full: drop` has ended.
     pub(super) overflowed: AtomicU64,
-    /// The last journal sequence of this namespace; a delete waits for it.
-    pub(super) touched: AtomicU64,
 }
 
 impl Space {
@@ -141,12 +139,11 @@ impl Space {
             segments: Mutex::new(segments),
             deleted: AtomicBool::new(false),
             overflowed: AtomicU64::new(0),
-            touched: AtomicU64::new(0),
         }
     }
 
     /// The newest durable position.
-    pub fn end(&self) -> Position {
+    pub(super) fn end(&self) -> Position {
         Position(self.end.load(Ordering::Acquire))
     }
 
@@ -329,14 +326,6 @@ impl Space {
         milestones.list.get(at.checked_sub(1)?)?.time
     }
 
-    /// Notes when the first record of a segment entered the log, for a segment that an earlier run wrote.
-    pub(super) fn note_time(&self, first: Position, time: Timestamp) {
-        let mut milestones = self.milestones.lock();
-        if let Some(milestone) = milestones.list.iter_mut().find(|milestone| milestone.position == first) {
-            milestone.time.get_or_insert(time);
-        }
-    }
-
     /// Forgets milestones below what is kept.
     pub(super) fn forget_before(&self, first: Position) {
         self.first_kept.fetch_max(first.0, Ordering::AcqRel);
@@ -344,10 +333,5 @@ impl Space {
         while milestones.list.get(1).is_some_and(|next| next.position <= first) {
             milestones.list.pop_front();
         }
-    }
-
-    /// Marks that a frame of this namespace has this sequence.
-    pub(super) fn touch(&self, sequence: Sequence) {
-        self.touched.fetch_max(sequence.0, Ordering::AcqRel);
     }
 }

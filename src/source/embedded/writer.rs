@@ -192,7 +192,7 @@ impl Writer {
             .into_iter()
             .map(|(index, reservation)| (Sequence(first.0 + 1 + index as u64), reservation))
             .collect();
-        batch.finishes.push(Finish { reply, answer: Ok(answer), reservations, permit });
+        batch.finishes.push(Finish { reply, answer: Ok(answer), reservations, _permit: permit });
     }
 
     fn add_writes(&mut self, batch: &mut Batch, space: &Arc<Space>, writes: Vec<Write>) -> Answer {
@@ -259,7 +259,7 @@ impl Writer {
                 Draft::Release { parked, due_at, record } => {
                     self.put_release(batch, space, (parked, due_at, &record), first, left);
                 }
-                Draft::Cancel { parked, due_at, id, .. } => {
+                Draft::Cancel { parked, due_at, id } => {
                     self.put(batch, space, Change::Cancel { parked, due_at, id }, first, left);
                 }
                 Draft::Move { parked, from, due_at, record } => {

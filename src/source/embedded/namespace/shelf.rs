@@ -201,7 +201,7 @@ impl Shelf for EmbeddedNamespace {
     fn cancel(&self, which: Scheduled) -> BoxFuture<'static, Result<u64, LogError>> {
         let draft = |row: &WaitingRow| {
             let id = Record::peek_id(&row.record)?;
-            Some(Draft::Cancel { parked: row.parked, due_at: row.due_at, id, bytes: row.record.len() as u64 })
+            Some(Draft::Cancel { parked: row.parked, due_at: row.due_at, id })
         };
         self.clone().change_parked(which, draft).boxed()
     }

@@ -78,7 +78,7 @@ impl StateReader {
                 Ok(Change::Dead { letter }) => {
                     // The column follows a branch that was renamed.
                     let branch = BranchName::from_stored(&branch);
-                    Ok((sequence, DeadLetter { overtaken, branch, ..*letter }))
+                    Ok((sequence, DeadLetter { branch, overtaken, ..*letter }))
                 }
                 _ => Err(broken()),
             }
