@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -68,8 +69,11 @@ impl Embedded {
         };
         let settler = std::thread::Builder::new().name("settle".into()).spawn(settle).map_err(failed)?;
         let writer = Writer::new(Arc::clone(&shared), file, last, time);
+        let answers = Arc::clone(&shared);
         let journal = move || {
             writer.run();
+            answers.writer_is_over.store(true, Ordering::Release);
+            answers.nudge_finisher();
             drop(lock);
         };
         let writer = std::thread::Builder::new().name("journal".into()).spawn(journal).map_err(failed)?;

@@ -164,6 +164,8 @@ pub(super) struct Shared {
     pub(super) keys: Keys,
     pub(super) reader: StateReader,
     pub(super) due_news: Notify,
+    /// The writer thread has ended: no answer comes any more.
+    pub(super) writer_is_over: AtomicBool,
     finished: Mutex<Vec<Finished>>,
     finished_news: Notify,
 }
@@ -213,6 +215,7 @@ impl Shared {
             keys: parts.keys,
             reader: parts.reader,
             due_news: Notify::new(),
+            writer_is_over: AtomicBool::new(false),
             finished: Mutex::default(),
             finished_news: Notify::new(),
             options: parts.options,
@@ -352,9 +355,12 @@ impl Shared {
     pub(super) async fn run_finisher(self: Arc<Self>) {
         let mut stopped = self.stopped.subscribe();
         loop {
+            // Looked at before the answers are, so that none comes in between. The writer still answers `unknown` after a
+            // fence has ended the settle thread.
+            let over = self.settling.is_over() && self.writer_is_over.load(Ordering::Acquire);
             let batch = std::mem::take(&mut *self.finished.lock());
             if batch.is_empty() {
-                if self.settling.is_over() {
+                if over {
                     return;
                 }
                 tokio::select! {

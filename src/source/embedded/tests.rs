@@ -1,6 +1,8 @@
 //! The log as a whole, with tiny files so that rotation and checkpoints happen in every run.
 
 mod crash;
+mod double;
+mod power;
 mod repair;
 mod verbs;
 

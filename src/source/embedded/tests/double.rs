@@ -1,0 +1,329 @@
+//! A disk that does what disks do: it forgets what was not synced, fails at a chosen call, runs full, and lies after a
+//! failed sync.
+//!
+//! Files live in memory, on two planes: what a process sees, and what would survive a power cut. `state.db` lies in a real
+//! folder; of it the double keeps what SQLite has reported as synced.
+
+use std::any::Any;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::source::embedded::disk::{Access, Disk, DiskFile, RealDisk};
+
+const BLOCK: usize = 512;
+
+/// One file's bytes.
+#[derive(Clone, Default)]
+struct Bytes {
+    live: Vec<u8>,
+    durable: Vec<u8>,
+    /// Blocks that were written and not synced.
+    dirty: BTreeSet<usize>,
+}
+
+#[derive(Default)]
+struct World {
+    live: BTreeMap<PathBuf, u64>,
+    durable: BTreeMap<PathBuf, u64>,
+    files: BTreeMap<u64, Bytes>,
+    next: u64,
+    /// Calls that change something, so far.
+    calls: u64,
+    /// This call fails.
+    fail_at: Option<u64>,
+    failed: bool,
+    /// Bytes that files may still grow by.
+    room: u64,
+    locks: BTreeSet<PathBuf>,
+    synced_state: Option<BTreeMap<String, Vec<u8>>>,
+}
+
+/// The disk; clones are the same one.
+#[derive(Clone)]
+pub(super) struct Double {
+    root: PathBuf,
+    world: Arc<Mutex<World>>,
+}
+
+struct File {
+    double: Double,
+    number: u64,
+}
+
+fn broken() -> io::Error {
+    io::Error::other("the disk failed (by order of the test)")
+}
+
+impl World {
+    /// Counts a changing call; true when it is the one to fail.
+    fn fails(&mut self) -> bool {
+        self.calls += 1;
+        let fails = self.fail_at == Some(self.calls);
+        self.failed |= fails;
+        fails
+    }
+}
+
+impl Double {
+    pub(super) fn new(root: &Path) -> Self {
+        let world = World { room: u64::MAX, ..World::default() };
+        Self { root: root.to_owned(), world: Arc::new(Mutex::new(world)) }
+    }
+
+    /// The `n`-th changing call from now on fails.
+    pub(super) fn fail_after(&self, n: u64) {
+        let mut world = self.world.lock();
+        world.fail_at = Some(world.calls + n);
+        world.failed = false;
+    }
+
+    /// Whether the call that should fail has come.
+    pub(super) fn has_failed(&self) -> bool {
+        self.world.lock().failed
+    }
+
+    /// Files may grow by so many bytes more.
+    pub(super) fn set_room(&self, bytes: u64) {
+        self.world.lock().room = bytes;
+    }
+
+    fn name(&self, path: &Path) -> PathBuf {
+        path.strip_prefix(&self.root).unwrap_or(path).to_owned()
+    }
+
+    /// What is left when the power goes now. Of what was not synced each block and the names may have made it or not, as
+    /// `seed` decides. `root` is an empty folder for the new world's `state.db`.
+    pub(super) fn power_cut(&self, seed: u64, root: &Path) -> Self {
+        let mut dice = fastrand::Rng::with_seed(seed);
+        let world = self.world.lock();
+        let names = if dice.bool() { &world.durable } else { &world.live };
+        let mut left = World { room: u64::MAX, next: world.next, ..World::default() };
+        for (path, number) in names {
+            let Some(file) = world.files.get(number) else { continue };
+            let mut bytes = if dice.bool() { file.durable.clone() } else { resized(&file.durable, file.live.len()) };
+            for block in &file.dirty {
+                let at = block * BLOCK;
+                let end = (at + BLOCK).min(bytes.len()).min(file.live.len());
+                if at < end && dice.bool() {
+                    bytes[at..end].copy_from_slice(&file.live[at..end]);
+                }
+            }
+            left.files.insert(*number, Bytes { live: bytes.clone(), durable: bytes, dirty: BTreeSet::new() });
+            left.live.insert(path.clone(), *number);
+        }
+        left.durable = left.live.clone();
+        for (name, bytes) in world.synced_state.iter().flatten() {
+            std::fs::write(root.join(name), bytes).unwrap();
+        }
+        left.synced_state = world.synced_state.clone();
+        Self { root: root.to_owned(), world: Arc::new(Mutex::new(left)) }
+    }
+}
+
+/// SQLite's files are real.
+fn is_state(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("state.db"))
+}
+
+fn resized(bytes: &[u8], len: usize) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes.resize(len, 0);
+    bytes
+}
+
+impl DiskFile for File {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut world = self.double.world.lock();
+        let fails = world.fails();
+        let start = usize::try_from(offset).unwrap();
+        let len = world.files[&self.number].live.len();
+        let mut take = bytes.len();
+        if fails {
+            // Short: half of it is there.
+            take /= 2;
+        }
+        let growth = ((start + take).saturating_sub(len)) as u64;
+        let full = growth > world.room;
+        if full {
+            take = take.saturating_sub(usize::try_from(growth - world.room).unwrap());
+        }
+        world.room -= growth.min(world.room);
+        let file = world.files.get_mut(&self.number).unwrap();
+        if file.live.len() < start + take {
+            file.live.resize(start + take, 0);
+        }
+        file.live[start..start + take].copy_from_slice(&bytes[..take]);
+        if take > 0 {
+            file.dirty.extend(start / BLOCK..=(start + take - 1) / BLOCK);
+        }
+        drop(world);
+        match (fails, full) {
+            (true, _) => Err(broken()),
+            (_, true) => Err(io::ErrorKind::StorageFull.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let world = self.double.world.lock();
+        let live = &world.files[&self.number].live;
+        let start = usize::try_from(offset).unwrap().min(live.len());
+        let end = (start + buffer.len()).min(live.len());
+        buffer[..end - start].copy_from_slice(&live[start..end]);
+        Ok(end - start)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut world = self.double.world.lock();
+        let fails = world.fails();
+        let file = world.files.get_mut(&self.number).unwrap();
+        let dirty = std::mem::take(&mut file.dirty);
+        if fails {
+            // The pages are clean now and never reach the disk: the next sync will claim success.
+            return Err(broken());
+        }
+        file.durable.resize(file.live.len(), 0);
+        for block in dirty {
+            let (start, end) = (block * BLOCK, ((block + 1) * BLOCK).min(file.live.len()));
+            if start < end {
+                file.durable[start..end].copy_from_slice(&file.live[start..end]);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut world = self.double.world.lock();
+        if world.fails() {
+            return Err(broken());
+        }
+        let file = world.files.get_mut(&self.number).unwrap();
+        file.live.resize(usize::try_from(len).unwrap(), 0);
+        Ok(())
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.double.world.lock().files[&self.number].live.len() as u64)
+    }
+}
+
+impl Disk for Double {
+    fn open(&self, path: &Path, access: Access) -> io::Result<Arc<dyn DiskFile>> {
+        if is_state(path) {
+            return RealDisk.open(path, access);
+        }
+        let name = self.name(path);
+        let mut world = self.world.lock();
+        let known = world.live.get(&name).copied();
+        let number = match (known, access) {
+            (Some(number), Access::Read | Access::Write) => number,
+            (None, Access::Read | Access::Write) => return Err(io::ErrorKind::NotFound.into()),
+            (_, Access::Create) => {
+                if world.fails() {
+                    return Err(broken());
+                }
+                let number = known.unwrap_or(world.next + 1);
+                world.next = world.next.max(number);
+                let file = world.files.entry(number).or_default();
+                file.live.clear();
+                world.live.insert(name, number);
+                number
+            }
+        };
+        Ok(Arc::new(File { double: self.clone(), number }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        if is_state(from) {
+            return RealDisk.rename(from, to);
+        }
+        let (from, to) = (self.name(from), self.name(to));
+        let mut world = self.world.lock();
+        if world.fails() {
+            return Err(broken());
+        }
+        let number = world.live.remove(&from).ok_or(io::ErrorKind::NotFound)?;
+        world.live.insert(to, number);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        if is_state(path) {
+            return RealDisk.remove(path);
+        }
+        let name = self.name(path);
+        let mut world = self.world.lock();
+        if world.fails() {
+            return Err(broken());
+        }
+        let number = world.live.remove(&name).ok_or(io::ErrorKind::NotFound)?;
+        let len = world.files[&number].live.len() as u64;
+        world.room = world.room.saturating_add(len);
+        Ok(())
+    }
+
+    fn remove_folder(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn make_folder(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        let folder = self.name(path);
+        let mut world = self.world.lock();
+        if world.fails() {
+            return Err(broken());
+        }
+        let inside = |path: &PathBuf| path.parent() == Some(&folder);
+        world.durable.retain(|path, _| !inside(path));
+        let now: Vec<_> = world.live.iter().filter(|(path, _)| inside(path)).map(|(p, n)| (p.clone(), *n)).collect();
+        world.durable.extend(now);
+        Ok(())
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let folder = self.name(path);
+        let world = self.world.lock();
+        let mut names: BTreeSet<String> = BTreeSet::new();
+        for path in world.live.keys() {
+            if let Some(first) = path.strip_prefix(&folder).ok().and_then(|rest| rest.components().next()) {
+                names.insert(first.as_os_str().to_string_lossy().into_owned());
+            }
+        }
+        Ok(names.into_iter().collect())
+    }
+
+    fn lock(&self, path: &Path, _note: &str) -> io::Result<Option<Box<dyn Any + Send + Sync>>> {
+        let name = self.name(path);
+        if !self.world.lock().locks.insert(name.clone()) {
+            return Ok(None);
+        }
+        Ok(Some(Box::new(Lock(self.clone(), name))))
+    }
+
+    fn database_synced(&self, path: &Path) {
+        let mut copy = BTreeMap::new();
+        for suffix in ["", "-wal"] {
+            let mut file = path.as_os_str().to_owned();
+            file.push(suffix);
+            if let Ok(bytes) = std::fs::read(&file) {
+                copy.insert(format!("state.db{suffix}"), bytes);
+            }
+        }
+        self.world.lock().synced_state = Some(copy);
+    }
+}
+
+struct Lock(Double, PathBuf);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        self.0.world.lock().locks.remove(&self.1);
+    }
+}
