@@ -57,6 +57,11 @@ impl Frontier {
         self.open.iter().filter(|(_, open)| **open == 0).map(|(position, _)| *position)
     }
 
+    /// The lowest position that has not ended.
+    pub fn first_open(&self) -> Option<Position> {
+        self.open.first_key_value().map(|(position, _)| *position)
+    }
+
     /// How many positions are read and not yet behind the frontier.
     pub fn in_flight(&self) -> usize {
         self.open.len()

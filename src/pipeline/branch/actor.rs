@@ -12,19 +12,19 @@ use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::aside::Asides;
 use super::breaker::{Breaker, Circuit};
 use super::lanes::{Delivery, Lanes};
 use super::pace::Pace;
 use super::prepare::{Prepared, Stillborn, is_cheap, prepare};
 use super::stats::{Board, BranchCounters, Pause};
+use super::waiting::Asides;
 use super::{BranchDeps, Command, Skip};
 use crate::clock::Timestamp;
 use crate::pipeline::plan::BranchPlan;
 use crate::record::{Position, RecordId};
 use crate::sink::{BatchStyle, Operation, Sink, SinkContext, Written};
 use crate::source::frontier::Frontier;
-use crate::source::{AsideLane, AsideRow, Entry, LogError, RowKey, Settlement, StoredPause, Subscription, lane_of};
+use crate::source::{AsideRow, Entry, LogError, RowKey, Settlement, StoredPause, Subscription, lane_of};
 use crate::spec::sink::Ordering;
 
 /// Records read and not yet behind the stored cursor: what may be sent twice after a crash.
@@ -33,8 +33,10 @@ const WINDOW: u64 = 8_192;
 const WINDOW_BYTES: usize = 16 << 20;
 /// Records taken from the log at once.
 const READ: usize = 512;
-/// How often what nobody announces is looked at: room for dead letters, blocked keys, a cursor that lags.
+/// How often what nobody announces is looked at: room for dead letters, blocked keys.
 const TICK: Duration = Duration::from_millis(250);
+/// How often a branch with nothing to do looks whether its cursor has become durable.
+const STALL: Duration = Duration::from_millis(10);
 
 pub(super) enum Ended {
     Drained,
@@ -54,6 +56,8 @@ pub(super) struct BatchDone {
 #[derive(Default)]
 pub(super) struct Settled {
     pub(super) ends: Vec<Position>,
+    /// Rows of these lanes came to the shelf, or were changed there.
+    pub(super) joined: Vec<Box<str>>,
     /// Rows of these lanes left the shelf.
     pub(super) left: Vec<Box<str>>,
 }
@@ -67,14 +71,18 @@ pub(super) struct Actor {
     pub(super) asides: Asides,
     pub(super) frontier: Frontier,
     pub(super) pause: Option<Pause>,
-    /// When the target last took something.
-    pub(super) accepted_at: Timestamp,
+    /// How many deliveries the target took in this run.
+    pub(super) accepted: u64,
+    pub(super) started: Timestamp,
+    /// For how long nothing could be sent, up to `closed_since`.
+    pub(super) closed: Duration,
     /// Since when nothing may be sent, if so: that time counts against no record.
     pub(super) closed_since: Option<Timestamp>,
     pub(super) bytes: usize,
     pub(super) dead_bytes: u64,
     /// Dead letters by lane, to mark them when a newer record of the key is delivered. Bounded.
     pub(super) dead_lanes: HashMap<Box<str>, Vec<RowKey>>,
+    pub(super) known_dead: usize,
     sink: Arc<dyn Sink>,
     style: BatchStyle,
     pace: Pace,
@@ -92,6 +100,10 @@ pub(super) struct Actor {
     /// Up to here records go one by one, each with a durable mark first.
     careful_until: Position,
     marks: HashMap<Position, u32>,
+    /// Positions that this run has marked: a retry is no new stop.
+    marked: HashSet<Position>,
+    /// When what nobody announces was last looked at.
+    ticked: Instant,
     /// A stop was asked for; what is left is sent until then.
     draining: Option<Instant>,
 }
@@ -130,11 +142,14 @@ pub(super) async fn run(
         asides: Asides::new(now, &start.lanes),
         frontier: Frontier::new(start.cursor),
         pause: start.pause.as_ref().map(restore_pause),
-        accepted_at: Timestamp::MIN,
+        accepted: 0,
+        started: now,
+        closed: Duration::ZERO,
         closed_since: None,
         bytes: 0,
         dead_bytes: 0,
         dead_lanes: HashMap::new(),
+        known_dead: 0,
         style: sink.batch_style(),
         pace: Pace::new(plan.rate, Instant::now()),
         sink,
@@ -150,6 +165,8 @@ pub(super) async fn run(
         stored: start.cursor,
         careful_until: if careful { Position(start.cursor.0 + WINDOW) } else { Position(0) },
         marks: start.marks.into_iter().collect(),
+        marked: HashSet::new(),
+        ticked: Instant::now(),
         draining: None,
         deps,
         plan,
@@ -212,7 +229,7 @@ impl Actor {
                     idle = Some(subscription);
                     self.enqueue(prepared?);
                 }
-                Some((lane, rows)) = self.loads.next(), if !self.loads.is_empty() => self.loaded(&lane, rows?).await,
+                Some((lane, rows)) = self.loads.next(), if !self.loads.is_empty() => self.loaded(&lane, rows?).await?,
                 lanes = &mut replayed, if self.draining.is_none() => {
                     replayed = held.replayed_lanes(&self.plan.name);
                     self.replayed(lanes);
@@ -220,7 +237,7 @@ impl Actor {
                 () = async { match wake { Some(at) => tokio::time::sleep_until(at).await, None => std::future::pending().await } } => {
                     self.tick().await?;
                 }
-                () = async { match shelf_wake { Some(at) => clock.sleep_until(at).await, None => std::future::pending().await } }, if self.draining.is_none() => {
+                () = async { match shelf_wake { Some(at) => clock.sleep_until(at).await, None => std::future::pending().await } }, if self.draining.is_none() && self.may_load() => {
                     self.load_due();
                 }
             }
@@ -239,9 +256,13 @@ impl Actor {
 
     fn may_read(&self) -> bool {
         !self.is_halting()
-            && self.lanes.len() < READ * 4
-            && self.bytes < WINDOW_BYTES
+            && self.has_room()
+            && self.pause.as_ref().is_none_or(|pause| pause.cause != "dead_letters_full")
             && self.read_to.0.saturating_sub(self.deps.log.lag(&self.plan.name).cursor.0) < WINDOW
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.lanes.len() < READ * 4 && self.bytes < WINDOW_BYTES
     }
 
     /// Reads and prepares the next records; scripts run off the async threads.
@@ -303,27 +324,38 @@ impl Actor {
                     Err(Stillborn { reason, stage, error }) => {
                         settlement.dead.push(self.letter(row, Arc::clone(&record), reason, 0, error, &stage, None));
                         settled.ends.push(position);
+                        if record.key.is_some() && self.plan.ordering == Ordering::Key {
+                            let lane = lane_of(record.key.as_deref(), row);
+                            self.remember_dead(&lane, row);
+                            if self.blocks(true) {
+                                self.asides.block(&lane, 0);
+                            }
+                        }
                     }
                     Ok((event, case)) => {
-                        let lane = lane_of(event.key.as_deref(), row);
+                        let delivery = Delivery::new(row, event, case, self.plan.ordering == Ordering::Key);
+                        let lane = delivery.lane();
                         if self.first_rows.get(&lane).is_some_and(|first| row < *first) {
                             self.frontier.end(position);
                         } else if self.asides.holds(&lane) {
-                            let delivery = Delivery::new(row, event, case);
                             let next_try = self.asides.joined(&lane);
-                            settlement.aside.push(aside_row(&delivery, lane, next_try, self.deps.clock.now()));
+                            settlement.aside.push(aside_row(&delivery, lane.clone(), next_try, self.deps.clock.now()));
                             settled.ends.push(position);
+                            settled.joined.push(lane);
                         } else {
-                            let delivery = Delivery::new(row, event, case);
                             self.bytes += delivery.weight();
-                            self.lanes.push(delivery, self.plan.ordering == Ordering::Key);
+                            self.lanes.push(delivery);
                         }
                     }
                 }
             }
         }
+        let died = !settlement.dead.is_empty();
         if !settlement.is_frontier_only() {
             self.settle(settlement, settled);
+        }
+        if died {
+            self.is_full();
         }
     }
 
@@ -367,7 +399,7 @@ impl Actor {
             self.pace.give_back(allowed - taken.len());
             if taken.is_empty() {
                 if probing {
-                    self.breaker.probe_unused(now);
+                    self.breaker.probe_unused(now + self.pace.wait().unwrap_or(TICK));
                 }
                 return;
             }
@@ -376,16 +408,19 @@ impl Actor {
     }
 
     fn send(&mut self, mut taken: Vec<Delivery>, careful: bool) {
-        let position = taken.first().map(|delivery| delivery.row.position);
-        let mark = position.filter(|position| careful && *position <= self.careful_until);
+        let position =
+            taken.first().filter(|delivery| delivery.shelved.is_none()).map(|delivery| delivery.row.position);
+        let unmarked = |position: &Position| *position <= self.careful_until && self.marked.insert(*position);
+        let mark = if careful { position.filter(unmarked) } else { None };
         if let Some(position) = mark {
             let marks = self.marks.entry(position).or_default();
             *marks += 1;
             if *marks >= 3
                 && let Some(delivery) = taken.pop()
             {
+                self.lanes.landed(&delivery.lane(), 1);
                 let error = "it was under way at three stops in a row that were not orderly";
-                return self.end_badly(delivery, crate::source::DeadReason::Crash, error.into(), "sink", None);
+                return self.end_badly(delivery, crate::source::DeadReason::Crash, error.into());
             }
         }
         let region = &self.plan.region;
@@ -414,6 +449,9 @@ impl Actor {
     pub(super) fn settle(&mut self, mut settlement: Settlement, settled: Settled) {
         // Only what has its end: the positions of this settlement follow when it is durable.
         settlement.frontier = Some(self.frontier.position());
+        for lane in settled.left.iter().chain(&settled.joined) {
+            self.asides.moves(lane);
+        }
         let settling = self.deps.shelf.settle(&self.plan.name, settlement);
         self.settles.push(async move { (settling.await, settled) }.boxed());
     }
@@ -422,7 +460,11 @@ impl Actor {
         for position in settled.ends {
             self.frontier.end(position);
         }
+        for lane in settled.joined {
+            self.asides.moved(&lane);
+        }
         for lane in settled.left {
+            self.asides.moved(&lane);
             self.asides.left(&lane);
         }
         self.load_due();
@@ -452,15 +494,23 @@ impl Actor {
         let closed = ready && self.breaker.circuit() == Circuit::Closed && self.batches.len() < self.plan.concurrency;
         let linger = self.incomplete_since.filter(|_| closed).map(|since| since + self.plan.batch.linger);
         let pace = self.pace.wait().filter(|_| closed && linger.is_none()).map(|wait| now + wait);
-        let watched = self.pause.as_ref().is_some_and(|pause| pause.cause == "dead_letters_full")
-            || self.asides.any_blocked()
-            || (self.lanes.len() == 0 && self.draining.is_none() && !self.may_read());
-        let tick = watched.then(|| now + TICK);
+        let watched =
+            self.pause.as_ref().is_some_and(|pause| pause.cause == "dead_letters_full") || self.asides.any_blocked();
+        let tick = watched.then(|| self.ticked + TICK);
+        // Reading goes on when the cursor is durable, of which nobody tells.
+        let stalled = (self.lanes.len() == 0 && !self.is_halting() && !self.may_read()).then(|| now + STALL);
         let drained = self.draining.filter(|_| !self.is_halting());
-        [drained, self.lanes.next_wait().filter(|_| !blocked), open, linger, pace, tick].into_iter().flatten().min()
+        [drained, self.lanes.next_wait().filter(|_| !blocked), open, linger, pace, tick, stalled]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     async fn tick(&mut self) -> Result<(), LogError> {
+        if self.ticked.elapsed() < TICK {
+            return Ok(());
+        }
+        self.ticked = Instant::now();
         if self.pause.as_ref().is_some_and(|pause| pause.cause == "dead_letters_full") {
             self.count_dead_bytes();
             if self.dead_bytes < self.plan.dead_letters.size.0 {
@@ -505,32 +555,30 @@ impl Actor {
     }
 
     async fn skip(&mut self, which: Skip) -> Option<RecordId> {
-        let row = match which {
-            Skip::Head => None,
-            Skip::Record(id) => {
-                let mut row = None;
-                self.lanes.each(|delivery| {
-                    if delivery.event.record.id == id {
-                        row = Some(delivery.row);
-                    }
-                });
-                if row.is_none() {
-                    return self.skip_shelved(id).await;
-                }
-                row
+        let mut found: Option<(RowKey, bool)> = None;
+        self.lanes.each(|delivery| {
+            let lower = found.is_none_or(|(lowest, _)| delivery.row < lowest);
+            let wanted = match which {
+                Skip::Head => lower,
+                Skip::Record(id) => lower && delivery.event.record.id == id,
+            };
+            if wanted {
+                found = Some((delivery.row, delivery.shelved.is_some()));
             }
+        });
+        let (row, shelved) = match (found, which) {
+            (Some(found), _) => found,
+            (None, Skip::Record(id)) => return self.skip_shelved(id).await,
+            (None, Skip::Head) => return None,
         };
+        // The head itself may be under way: then another one must not be taken for it.
+        if which == Skip::Head && !shelved && self.frontier.first_open() != Some(row.position) {
+            return None;
+        }
         let delivery = self.lanes.pull(row)?;
         let id = delivery.event.record.id;
-        self.end_badly(delivery, crate::source::DeadReason::Skipped, "skipped by an operator".into(), "sink", None);
+        self.end_badly(delivery, crate::source::DeadReason::Skipped, "skipped by an operator".into());
         Some(id)
-    }
-
-    pub(super) fn replayed(&mut self, lanes: Vec<AsideLane>) {
-        for lane in lanes {
-            self.asides.replayed(&lane);
-        }
-        self.load_due();
     }
 }
 
@@ -547,6 +595,6 @@ pub(super) fn aside_row(delivery: &Delivery, lane: Box<str>, next_try: Timestamp
         first_failed: delivery.first_failed.unwrap_or(now),
         next_try,
         last_error: delivery.last_error.clone(),
-        replayed: false,
+        replayed: delivery.shelved.as_ref().is_some_and(|shelved| shelved.replayed),
     }
 }

@@ -1,191 +1,70 @@
-//! Keys that are set aside: what waits on the shelf for this branch, and when it is tried again.
+//! How keys come back from the shelf, and what dead letters mean for the rest of their key.
 //!
-//! While a key has rows there, its newer records join them, so nothing of the key overtakes; the lane opens again when
-//! the end of its last row is durable.
+//! Takes the rows of a key that is due and puts them into the lanes again, in order; keeps in mind which keys have dead
+//! letters. Never lets a key's newer record pass its rows.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 
 use futures::FutureExt as _;
+use parking_lot::Mutex;
 
 use super::actor::{Actor, Settled};
-use super::lanes::Delivery;
-use super::prepare::prepare;
-use crate::clock::Timestamp;
+use super::lanes::{Delivery, Shelved, Siblings};
+use super::prepare::{Stillborn, choose, prepare};
+use crate::pipeline::plan::{BranchPlan, Plan};
 use crate::record::RecordId;
-use crate::source::{AsideLane, AsideRow, DeadQuery, DeadReason, LogError, RowKey, Settlement};
+use crate::source::{AsideLane, AsideRow, DeadLetter, DeadQuery, DeadReason, LogError, RowKey, Settlement, lane_of};
 use crate::spec::sink::OnDeadLetter;
+use crate::transform::Event;
 
-/// Keys set aside at most; beyond it a failing key waits in memory, and so holds the branch.
-const LANES: usize = 10_000;
 /// Rows of one key loaded at once.
 const ROWS: usize = 100;
-/// Dead letters known by key at most, for `overtaken` and `block`.
+/// Keys whose rows are read at once.
+const LOADS: usize = 16;
+/// Dead letters known by key at most, for `overtaken`; of those beyond nothing is marked.
 const KNOWN_DEAD: usize = 10_000;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    /// Nothing of it is in memory.
-    Waiting,
-    /// Its rows are being read.
-    Loading,
-    /// So many of its rows are in the lanes.
-    Trying(usize),
-    /// Held behind a dead letter of its key.
-    Blocked,
-}
+/// What a row became.
+type Parts = Vec<Result<(Event, usize), Stillborn>>;
 
-#[derive(Debug)]
-struct Aside {
-    /// Rows on the shelf, those included whose settlement is under way.
-    rows: u64,
-    next_try: Timestamp,
-    stage: Stage,
-}
-
-/// All keys of a branch that are set aside.
-#[derive(Debug, Default)]
-pub(super) struct Asides {
-    lanes: HashMap<Box<str>, Aside>,
-    tries: BinaryHeap<Reverse<(Timestamp, Box<str>)>>,
-    blocked: usize,
-}
-
-impl Asides {
-    /// What outlived the last run. A try that fell into the time when nothing ran is due now.
-    pub(super) fn new(now: Timestamp, stored: &[AsideLane]) -> Self {
-        let mut asides = Self::default();
-        for lane in stored {
-            let stage = if lane.next_try == Timestamp::MAX { Stage::Blocked } else { Stage::Waiting };
-            asides.insert(&lane.lane, lane.rows, lane.next_try.max(now), stage);
-        }
-        asides
-    }
-
-    fn insert(&mut self, lane: &str, rows: u64, next_try: Timestamp, stage: Stage) {
-        if let Some(old) = self.lanes.insert(lane.into(), Aside { rows, next_try, stage }) {
-            self.blocked -= usize::from(old.stage == Stage::Blocked);
-        }
-        self.blocked += usize::from(stage == Stage::Blocked);
-        if stage == Stage::Waiting {
-            self.tries.push(Reverse((next_try, lane.into())));
-        }
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.lanes.len()
-    }
-
-    pub(super) fn has_room(&self) -> bool {
-        self.lanes.len() < LANES
-    }
-
-    pub(super) const fn any_blocked(&self) -> bool {
-        self.blocked > 0
-    }
-
-    pub(super) fn holds(&self, lane: &str) -> bool {
-        !self.lanes.is_empty() && self.lanes.contains_key(lane)
-    }
-
-    /// A newer record of the key joins its rows; gives the time to store with it.
-    pub(super) fn joined(&mut self, lane: &str) -> Timestamp {
-        self.lanes.get_mut(lane).map_or(Timestamp::MIN, |aside| {
-            aside.rows += 1;
-            aside.next_try
-        })
-    }
-
-    /// `rows` more of the key are on their way to the shelf; its first row is tried at `next_try`.
-    pub(super) fn wait(&mut self, lane: &str, rows: u64, next_try: Timestamp) {
-        let before = self.lanes.get(lane).map_or(0, |aside| aside.rows);
-        self.insert(lane, before + rows, next_try, Stage::Waiting);
-    }
-
-    fn block(&mut self, lane: &str) {
-        let rows = self.lanes.get(lane).map_or(0, |aside| aside.rows);
-        self.insert(lane, rows, Timestamp::MAX, Stage::Blocked);
-    }
-
-    /// A dead letter of the key came back: its rows are tried from the first on.
-    pub(super) fn replayed(&mut self, lane: &AsideLane) {
-        match self.lanes.get_mut(&lane.lane) {
-            // What is in memory of the key goes on; the replayed rows follow when it is through.
-            Some(aside) if matches!(aside.stage, Stage::Trying(_) | Stage::Loading) => {
-                aside.rows = aside.rows.max(lane.rows);
+/// What a row is to the branch now, run off the async threads.
+async fn again(
+    row: AsideRow,
+    branch: Arc<BranchPlan>,
+    now: Arc<Plan>,
+    then: Arc<Plan>,
+) -> Result<(Parts, Option<Box<str>>), LogError> {
+    let work = move || {
+        let prepared = prepare(row.row.position, Arc::clone(&row.record), &branch, &now, &then);
+        // A replay runs the original and sends all that comes of it; a child that was set aside is itself again.
+        let mine = prepared.parts.into_iter().filter(|part| row.replayed || part.child == row.row.child);
+        let mut parts: Parts = mine.map(|part| part.result).collect();
+        if let Some(rendered) = row.rendered {
+            for (event, _) in parts.iter_mut().flatten() {
+                *event = event.clone().with_payload(rendered.clone());
             }
-            _ => self.insert(&lane.lane, lane.rows, Timestamp::MIN, Stage::Waiting),
-        }
-    }
-
-    /// When the next key is due.
-    pub(super) fn next_try(&self) -> Option<Timestamp> {
-        self.tries.peek().map(|Reverse((at, _))| *at)
-    }
-
-    fn take_due(&mut self, now: Timestamp) -> Option<Box<str>> {
-        while let Some(Reverse((at, _))) = self.tries.peek()
-            && *at <= now
-            && let Some(Reverse((at, lane))) = self.tries.pop()
-        {
-            let current = |aside: &&mut Aside| aside.stage == Stage::Waiting && aside.next_try == at;
-            if let Some(aside) = self.lanes.get_mut(&lane).filter(current) {
-                aside.stage = Stage::Loading;
-                return Some(lane);
+            if parts.is_empty() {
+                // The script was edited and makes no such child any more: it goes out as it was.
+                let mut event = Event::original(row.record).with_payload(rendered);
+                event.child = row.row.child;
+                parts.push(choose(&branch.cases, &event).map(|case| (event, case)));
             }
         }
-        None
-    }
-
-    fn trying(&mut self, lane: &str, count: usize) {
-        if let Some(aside) = self.lanes.get_mut(lane) {
-            aside.stage = Stage::Trying(count);
-        }
-    }
-
-    /// A row's end is durable. The lane opens when it was the last; else the next rows are due when none is in memory.
-    pub(super) fn left(&mut self, lane: &str) {
-        let Some(aside) = self.lanes.get_mut(lane) else { return };
-        aside.rows = aside.rows.saturating_sub(1);
-        if let Stage::Trying(count) = aside.stage {
-            let count = count.saturating_sub(1);
-            aside.stage = Stage::Trying(count);
-            if count == 0 {
-                let rows = aside.rows;
-                if rows == 0 {
-                    self.lanes.remove(lane);
-                } else {
-                    self.insert(lane, rows, Timestamp::MIN, Stage::Waiting);
-                }
-            }
-        } else if aside.rows == 0 && aside.stage == Stage::Waiting {
-            self.lanes.remove(lane);
-        }
-    }
-
-    fn blocked_lanes(&self) -> Vec<Box<str>> {
-        let blocked = self.lanes.iter().filter(|(_, aside)| aside.stage == Stage::Blocked);
-        blocked.map(|(lane, _)| lane.clone()).take(64).collect()
-    }
-
-    fn unblock(&mut self, lane: &str) {
-        let rows = self.lanes.get(lane).map_or(0, |aside| aside.rows);
-        if rows == 0 {
-            if self.lanes.remove(lane).is_some() {
-                self.blocked -= 1;
-            }
-        } else {
-            self.insert(lane, rows, Timestamp::MIN, Stage::Waiting);
-        }
-    }
+        (parts, prepared.dropped)
+    };
+    let failed = |_| LogError::Storage { act: "prepare a row of the shelf".into(), cause: "its thread ended".into() };
+    tokio::task::spawn_blocking(work).await.map_err(failed)
 }
 
 impl Actor {
+    pub(super) fn may_load(&self) -> bool {
+        self.loads.len() < LOADS && self.has_room()
+    }
+
     /// Begins to read the rows of every key that is due.
     pub(super) fn load_due(&mut self) {
         let now = self.deps.clock.now();
-        while self.loads.len() < 16
+        while self.may_load()
             && let Some(lane) = self.asides.take_due(now)
         {
             let rows = self.deps.shelf.aside_rows(&self.plan.name, &lane, ROWS);
@@ -194,96 +73,139 @@ impl Actor {
     }
 
     /// The rows of a key are here: prepare them again and put them into the lanes, in order.
-    pub(super) async fn loaded(&mut self, lane: &str, rows: Vec<AsideRow>) {
+    pub(super) async fn loaded(&mut self, lane: &str, rows: Vec<AsideRow>) -> Result<(), LogError> {
+        if !self.asides.is_loading(lane) {
+            return Ok(());
+        }
         let (mut settlement, mut settled) = (Settlement::default(), Settled::default());
         let mut deliveries = Vec::new();
         let in_force = self.deps.revisions.in_force().await;
-        let count = rows.len();
+        let Some(now) = in_force.revisions().last().map(|newest| Arc::clone(&newest.plan)) else { return Ok(()) };
+        let blocks = self.plan.dead_letters.on_dead_letter == OnDeadLetter::Block;
+        let mut count = 0;
         for row in rows {
-            let Some(now) = in_force.revisions().last().map(|newest| Arc::clone(&newest.plan)) else { break };
             // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
             let then = if row.replayed { &now } else { in_force.at(row.row.position).unwrap_or(&now) };
-            let then = Arc::clone(then);
-            let branch = Arc::clone(&self.plan);
-            let record = Arc::clone(&row.record);
-            let position = row.row.position;
-            let prepared =
-                tokio::task::spawn_blocking(move || prepare(position, record, &branch, &now, &then)).await.ok();
-            // A replay runs the original and sends all that comes of it; a child that was set aside is itself again.
-            let dropped = prepared.as_ref().and_then(|prepared| prepared.dropped.clone());
-            let parts = prepared.map(|prepared| prepared.parts).unwrap_or_default();
-            let mine = parts.into_iter().filter(|part| row.replayed || part.child == row.row.child);
-            let mut any = false;
-            for part in mine {
-                match part.result {
-                    Ok((event, case)) => {
-                        let event = match &row.rendered {
-                            Some(rendered) => event.with_payload(rendered.clone()),
-                            None => event,
-                        };
-                        let mut delivery = Delivery::new(row.row, event, case);
-                        delivery.attempts = row.attempts;
-                        delivery.first_failed = (row.attempts > 0).then_some(row.first_failed);
-                        delivery.last_error.clone_from(&row.last_error);
-                        delivery.shelved = Some(lane.into());
-                        deliveries.push(delivery);
-                        any = true;
-                    }
-                    Err(stillborn) => {
-                        let record = Arc::clone(&row.record);
-                        let (reason, error) = (stillborn.reason, stillborn.error);
-                        settlement.dead.push(self.letter(row.row, record, reason, 0, error, &stillborn.stage, None));
-                        settled.left.push(lane.into());
-                        any = true;
-                    }
-                }
+            let (parts, dropped) =
+                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), Arc::clone(then)).await?;
+            let bad = parts.iter().any(Result::is_err);
+            if bad && blocks && count > 0 {
+                // What lies before it goes first; then it is met again, and holds the rest.
+                break;
             }
-            if !any && dropped.is_none() && row.replayed {
+            count += 1;
+            if parts.is_empty() && dropped.is_none() && row.replayed {
                 // Another arm's now. Nobody else has it, so it stays where it can be found.
                 let error = "the file gives this record to another sink now: write it again, or purge it".into();
                 let record = Arc::clone(&row.record);
-                let letter = self.letter(row.row, record, DeadReason::NoRoute, 0, error, "sink", None);
+                let letter = self.letter(row.row, record, DeadReason::NoRoute, row.attempts, error, "sink", None);
                 settlement.dead.push(letter);
                 settled.left.push(lane.into());
-            } else if !any {
+                continue;
+            }
+            if parts.is_empty() {
                 settlement.returned.push(row.row);
                 let reason = dropped.unwrap_or_else(|| "the file sends it nowhere any more".into());
                 settlement.dropped.push((row.row.position, reason));
                 settled.left.push(lane.into());
+                continue;
+            }
+            let mut letter = None;
+            let mut sound = Vec::new();
+            for part in parts {
+                match part {
+                    Ok(sent) => sound.push(sent),
+                    Err(Stillborn { reason, stage, error }) => {
+                        let record = Arc::clone(&row.record);
+                        letter = Some(self.letter(row.row, record, reason, row.attempts, error, &stage, None));
+                    }
+                }
+            }
+            if sound.is_empty() {
+                settlement.dead.extend(letter);
+                settled.left.push(lane.into());
+                if blocks {
+                    self.asides.block(lane, 0);
+                    break;
+                }
+                continue;
+            }
+            let siblings = (sound.len() > 1 || letter.is_some())
+                .then(|| Arc::new(Mutex::new(Siblings { open: sound.len(), letter: letter.take() })));
+            for (event, case) in sound {
+                let mut delivery = self.from_shelf(&row, lane, event, case);
+                if let Some(shelved) = &mut delivery.shelved {
+                    shelved.siblings.clone_from(&siblings);
+                }
+                deliveries.push(delivery);
             }
         }
-        // A row that became several deliveries ends with the first of them that ends; the others are at least once.
         self.asides.trying(lane, count);
-        if count == 0 {
-            // Its rows are not visible yet, or are gone.
-            self.asides.unblock_empty(lane);
-        }
         for delivery in deliveries {
             self.bytes += delivery.weight();
-            self.lanes.push(delivery, true);
+            self.lanes.push(delivery);
         }
         if !settlement.is_frontier_only() {
             self.settle(settlement, settled);
         }
+        Ok(())
+    }
+
+    fn from_shelf(&self, row: &AsideRow, lane: &str, event: Event, case: usize) -> Delivery {
+        let mut delivery = Delivery::new(row.row, event, case, true);
+        delivery.attempts = row.attempts;
+        delivery.first_failed = (row.attempts > 0).then_some(row.first_failed);
+        delivery.last_error.clone_from(&row.last_error);
+        delivery.shelved = Some(Shelved { lane: lane.into(), replayed: row.replayed, siblings: None });
+        match self.asides.failures(lane).filter(|failures| failures.row == row.row) {
+            Some(failures) => {
+                delivery.attempts = delivery.attempts.saturating_sub(failures.given_back);
+                delivery.failing = (delivery.attempts > 0).then_some(failures.since);
+                delivery.streak = failures.streak;
+            }
+            // It failed in an earlier run, of which nobody knows how long the branch was open: it counts from now.
+            None => delivery.failing = (row.attempts > 0).then(|| self.since()),
+        }
+        delivery
+    }
+
+    /// Ends a row that came from the shelf; with siblings, when it is the last of them.
+    pub(super) fn end_shelved(
+        shelved: &Shelved,
+        row: RowKey,
+        letter: Option<DeadLetter>,
+        settlement: &mut Settlement,
+        settled: &mut Settled,
+    ) {
+        let letter = match &shelved.siblings {
+            None => letter,
+            Some(siblings) => {
+                let mut siblings = siblings.lock();
+                siblings.open = siblings.open.saturating_sub(1);
+                siblings.letter = letter.or(siblings.letter.take());
+                if siblings.open > 0 {
+                    return;
+                }
+                siblings.letter.take()
+            }
+        };
+        match letter {
+            Some(letter) => settlement.dead.push(letter),
+            None => settlement.returned.push(row),
+        }
+        settled.left.push(shelved.lane.clone());
     }
 
     /// Skips a record that lies on the shelf: only a key's first row can be skipped.
     pub(super) async fn skip_shelved(&mut self, id: RecordId) -> Option<RecordId> {
-        let lanes: Vec<Box<str>> = self
-            .asides
-            .lanes
-            .iter()
-            .filter(|(_, aside)| aside.stage == Stage::Waiting)
-            .map(|(lane, _)| lane.clone())
-            .collect();
-        for lane in lanes {
+        for lane in self.asides.waiting_lanes() {
             let rows = self.deps.shelf.aside_rows(&self.plan.name, &lane, 1).await.ok()?;
             if let Some(row) = rows.into_iter().find(|row| row.record.id == id) {
                 let error = "skipped by an operator".into();
                 let letter =
                     self.letter(row.row, row.record, DeadReason::Skipped, row.attempts, error, "sink", row.rendered);
                 let settlement = Settlement { dead: vec![letter], ..Settlement::default() };
-                self.settle(settlement, Settled { ends: Vec::new(), left: vec![lane] });
+                self.settle(settlement, Settled { left: vec![lane], ..Settled::default() });
                 return Some(id);
             }
         }
@@ -300,19 +222,37 @@ impl Actor {
         let query = DeadQuery { branch, limit: KNOWN_DEAD, ..DeadQuery::default() };
         for letter in self.deps.shelf.dead_letters(query).await?.rows {
             if letter.record.key.is_some() && !letter.overtaken {
-                self.remember_dead(&crate::source::lane_of(letter.record.key.as_deref(), letter.row), letter.row);
+                let lane = lane_of(letter.record.key.as_deref(), letter.row);
+                self.remember_dead(&lane, letter.row);
+                if self.blocks(true) {
+                    self.asides.block(&lane, 0);
+                }
             }
         }
         Ok(())
     }
 
+    /// Whether a dead letter holds its key.
+    pub(super) fn blocks(&self, keyed: bool) -> bool {
+        keyed && self.plan.dead_letters.on_dead_letter == OnDeadLetter::Block && self.asides.has_room()
+    }
+
     pub(super) fn remember_dead(&mut self, lane: &str, row: RowKey) {
-        if self.dead_lanes.len() < KNOWN_DEAD {
+        if self.known_dead < KNOWN_DEAD {
+            self.known_dead += 1;
             self.dead_lanes.entry(lane.into()).or_default().push(row);
         }
-        if self.plan.dead_letters.on_dead_letter == OnDeadLetter::Block && self.asides.has_room() {
-            self.asides.block(lane);
+    }
+
+    /// The dead letters of the key that a newer delivery has overtaken.
+    pub(super) fn overtaken_by(&mut self, lane: &str, row: RowKey) -> Vec<RowKey> {
+        let Some(rows) = self.dead_lanes.get_mut(lane) else { return Vec::new() };
+        let older: Vec<RowKey> = rows.extract_if(.., |dead| *dead < row).collect();
+        if rows.is_empty() {
+            self.dead_lanes.remove(lane);
         }
+        self.known_dead -= older.len();
+        older
     }
 
     pub(super) fn count_dead_bytes(&mut self) {
@@ -334,52 +274,11 @@ impl Actor {
         self.load_due();
         Ok(())
     }
-}
 
-impl Asides {
-    /// Nothing of the key was found: look again a little later while rows are known, else open it.
-    fn unblock_empty(&mut self, lane: &str) {
-        match self.lanes.get(lane).map(|aside| aside.rows) {
-            Some(0) => _ = self.lanes.remove(lane),
-            Some(rows) => {
-                let later = Timestamp::MIN;
-                self.insert(lane, rows - 1, later, Stage::Waiting);
-            }
-            None => {}
+    pub(super) fn replayed(&mut self, lanes: Vec<AsideLane>) {
+        for lane in lanes {
+            self.asides.replayed(&lane);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lane_opens_only_when_the_end_of_its_last_row_is_durable() {
-        let mut asides = Asides::default();
-        let at = Timestamp::from_millis;
-        asides.wait("=a", 2, at(5));
-        assert!(asides.holds("=a") && asides.take_due(at(4)).is_none());
-        assert_eq!(asides.take_due(at(5)).as_deref(), Some("=a"));
-        asides.trying("=a", 2);
-        assert_eq!(asides.joined("=a"), at(5), "a newer record joins");
-        asides.left("=a");
-        asides.left("=a");
-        assert!(asides.holds("=a"), "the newer one is still there");
-        assert_eq!(asides.take_due(at(5)).as_deref(), Some("=a"));
-        asides.trying("=a", 1);
-        asides.left("=a");
-        assert!(!asides.holds("=a"));
-    }
-
-    #[test]
-    fn a_blocked_lane_is_not_tried_until_it_is_opened() {
-        let mut asides = Asides::default();
-        asides.block("=a");
-        asides.joined("=a");
-        assert!(asides.any_blocked() && asides.take_due(Timestamp::MAX).is_none());
-        asides.unblock("=a");
-        assert_eq!(asides.take_due(Timestamp::MIN).as_deref(), Some("=a"));
-        assert!(!asides.any_blocked());
+        self.load_due();
     }
 }

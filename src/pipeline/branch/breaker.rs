@@ -110,8 +110,7 @@ impl Breaker {
         if self.lanes.len() < 2 && !self.lanes.iter().any(|known| &**known == lane) {
             self.lanes.push(lane.into());
         }
-        let away = self.failures >= FAILURES_TO_OPEN && self.lanes.len() >= 2;
-        (away || self.circuit == Circuit::Probing) && self.down(now, None)
+        self.failures >= FAILURES_TO_OPEN && self.lanes.len() >= 2 && self.down(now, None)
     }
 
     /// Takes the right to send one probe, when its time has come.
@@ -131,9 +130,9 @@ impl Breaker {
         }
     }
 
-    /// The probe could not be sent: there was nothing to send.
-    pub(super) fn probe_unused(&mut self, now: Instant) {
-        self.circuit = Circuit::Open { probe_at: now };
+    /// The probe could not be sent yet; it may at `again_at`.
+    pub(super) fn probe_unused(&mut self, again_at: Instant) {
+        self.circuit = Circuit::Open { probe_at: again_at };
     }
 }
 

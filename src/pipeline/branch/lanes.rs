@@ -5,11 +5,14 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::clock::Timestamp;
-use crate::source::{RowKey, lane_of};
+use crate::source::{DeadLetter, RowKey, lane_of};
 use crate::transform::Event;
 
 /// One thing to send, and what has been tried so far.
@@ -20,17 +23,49 @@ pub(super) struct Delivery {
     /// Which of the sink's cases.
     pub(super) case: usize,
     pub(super) attempts: u32,
-    /// When it failed for the first time, moved on by the time that the branch was closed.
+    /// When it failed for the first time.
     pub(super) first_failed: Option<Timestamp>,
     /// The run of failures in which it failed last, and how often in it: given back when the breaker opens.
     pub(super) streak: (u64, u32),
-    /// The lane under which it lies on the shelf, if it came from there: its end is a `returned`, not the frontier's.
-    pub(super) shelved: Option<Box<str>>,
+    /// Where the branch stood when it failed for the first time.
+    pub(super) failing: Option<Since>,
+    /// How many deliveries the target had taken when it was away for this one for the first time.
+    pub(super) away_since: Option<u64>,
+    /// Its key's order is kept.
+    pub(super) ordered: bool,
+    /// Set if it came from the shelf: its end is a `returned`, not the frontier's.
+    pub(super) shelved: Option<Shelved>,
     pub(super) last_error: Box<str>,
 }
 
+/// How far a branch had come; counts only time in which it was open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Since {
+    /// Time open.
+    pub(super) open: Duration,
+    /// Deliveries that the target took.
+    pub(super) accepted: u64,
+}
+
+/// How a delivery lies on the shelf.
+#[derive(Clone, Debug)]
+pub(super) struct Shelved {
+    pub(super) lane: Box<str>,
+    pub(super) replayed: bool,
+    /// A replayed record became several deliveries: its row ends with the last of them.
+    pub(super) siblings: Option<Arc<Mutex<Siblings>>>,
+}
+
+/// Deliveries that came of one row.
+#[derive(Debug)]
+pub(super) struct Siblings {
+    pub(super) open: usize,
+    /// The letter of one that ended badly; kept until all have ended, since it ends the row.
+    pub(super) letter: Option<DeadLetter>,
+}
+
 impl Delivery {
-    pub(super) fn new(row: RowKey, event: Event, case: usize) -> Self {
+    pub(super) fn new(row: RowKey, event: Event, case: usize, ordered: bool) -> Self {
         Self {
             row,
             event,
@@ -38,13 +73,24 @@ impl Delivery {
             attempts: 0,
             first_failed: None,
             streak: (0, 0),
+            failing: None,
+            away_since: None,
+            ordered,
             shelved: None,
             last_error: Box::default(),
         }
     }
 
     pub(super) fn lane(&self) -> Box<str> {
-        self.shelved.clone().unwrap_or_else(|| lane_of(self.event.key.as_deref(), self.row))
+        match &self.shelved {
+            Some(shelved) => shelved.lane.clone(),
+            None => lane_of(self.event.key.as_deref().filter(|_| self.ordered), self.row),
+        }
+    }
+
+    /// No other delivery waits for it.
+    fn is_free(&self) -> bool {
+        self.shelved.is_none() && !(self.ordered && self.event.key.is_some())
     }
 
     pub(super) fn weight(&self) -> usize {
@@ -52,9 +98,10 @@ impl Delivery {
     }
 
     /// Counts a failure of the run `streak`.
-    pub(super) fn count_failure(&mut self, streak: u64, now: Timestamp) {
+    pub(super) fn count_failure(&mut self, streak: u64, now: Timestamp, since: Since) {
         self.attempts += 1;
         self.first_failed.get_or_insert(now);
+        self.failing.get_or_insert(since);
         self.streak = if self.streak.0 == streak { (streak, self.streak.1 + 1) } else { (streak, 1) };
     }
 
@@ -64,7 +111,7 @@ impl Delivery {
             self.attempts = self.attempts.saturating_sub(self.streak.1);
             self.streak.1 = 0;
             if self.attempts == 0 {
-                self.first_failed = None;
+                (self.first_failed, self.failing) = (None, None);
             }
         }
     }
@@ -111,10 +158,10 @@ impl Lanes {
         self.ready.len()
     }
 
-    /// Adds a delivery at the end of its lane. `ordered` false = it needs no lane.
-    pub(super) fn push(&mut self, delivery: Delivery, ordered: bool) {
+    /// Adds a delivery at the end of its lane.
+    pub(super) fn push(&mut self, delivery: Delivery) {
         self.queued += 1;
-        if !ordered || delivery.event.key.is_none() {
+        if delivery.is_free() {
             self.ready.push_back(Ready::Keyless(Box::new(delivery)));
             return;
         }
@@ -247,16 +294,8 @@ impl Lanes {
         }
     }
 
-    /// Takes out the one delivery that `wanted` names, wherever it stands, or the one with the lowest position.
-    pub(super) fn pull(&mut self, wanted: Option<RowKey>) -> Option<Delivery> {
-        let row = match wanted {
-            Some(row) => row,
-            None => {
-                let mut lowest: Option<RowKey> = None;
-                self.each(|delivery| lowest = Some(lowest.map_or(delivery.row, |low| low.min(delivery.row))));
-                lowest?
-            }
-        };
+    /// Takes out the delivery that `row` names, wherever it stands.
+    pub(super) fn pull(&mut self, row: RowKey) -> Option<Delivery> {
         let keyless = |ready: &Ready| matches!(ready, Ready::Keyless(delivery) if delivery.row == row);
         if let Some(at) = self.ready.iter().position(keyless)
             && let Some(Ready::Keyless(delivery)) = self.ready.remove(at)
@@ -284,8 +323,6 @@ impl Lanes {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use bytes::Bytes;
     use proptest::prelude::*;
 
@@ -308,7 +345,7 @@ mod tests {
             binary: false,
             payload: Bytes::from_static(b"{}"),
         };
-        Delivery::new(RowKey { position: Position(position), child: 0 }, Event::original(Arc::new(record)), 0)
+        Delivery::new(RowKey { position: Position(position), child: 0 }, Event::original(Arc::new(record)), 0, true)
     }
 
     fn positions(taken: &[Delivery]) -> Vec<u64> {
@@ -319,7 +356,7 @@ mod tests {
     fn of_a_lane_only_the_head_goes_and_the_next_when_it_has_landed() {
         let mut lanes = Lanes::default();
         for (position, key) in [(1, Some("a")), (2, Some("a")), (3, None), (4, Some("b"))] {
-            lanes.push(delivery(position, key), true);
+            lanes.push(delivery(position, key));
         }
         assert_eq!(positions(&lanes.take(10, 1 << 20, false)), [1, 3, 4]);
         assert_eq!(positions(&lanes.take(10, 1 << 20, false)), [] as [u64; 0]);
@@ -330,7 +367,7 @@ mod tests {
     #[test]
     fn a_target_that_keeps_a_batch_in_order_gets_several_of_a_lane() {
         let mut lanes = Lanes::default();
-        (1..=3).for_each(|position| lanes.push(delivery(position, Some("a")), true));
+        (1..=3).for_each(|position| lanes.push(delivery(position, Some("a"))));
         assert_eq!(positions(&lanes.take(2, 1 << 20, true)), [1, 2]);
         assert!(lanes.take(2, 1 << 20, true).is_empty(), "nothing of the lane while some of it is under way");
     }
@@ -338,14 +375,14 @@ mod tests {
     #[test]
     fn what_is_put_back_comes_first_and_only_when_its_wait_is_over() {
         let (mut lanes, now) = (Lanes::default(), Instant::now());
-        lanes.push(delivery(1, Some("a")), true);
-        lanes.push(delivery(2, Some("a")), true);
+        lanes.push(delivery(1, Some("a")));
+        lanes.push(delivery(2, Some("a")));
         let taken = lanes.take(1, 1 << 20, false);
-        lanes.put_back("=a", taken, Some(now + std::time::Duration::from_secs(1)));
+        lanes.put_back("=a", taken, Some(now + Duration::from_secs(1)));
         lanes.landed("=a", 1);
         lanes.wake(now);
         assert!(lanes.take(1, 1 << 20, false).is_empty());
-        lanes.wake(now + std::time::Duration::from_secs(1));
+        lanes.wake(now + Duration::from_secs(1));
         assert_eq!(positions(&lanes.take(1, 1 << 20, false)), [1]);
     }
 
@@ -357,7 +394,7 @@ mod tests {
             let names = ["a", "b", "c"];
             let mut lanes = Lanes::default();
             for (at, key) in keys.iter().enumerate() {
-                lanes.push(delivery(at as u64, names.get(*key).copied()), true);
+                lanes.push(delivery(at as u64, names.get(*key).copied()));
             }
             let mut ended: Vec<u64> = Vec::new();
             let drain = std::iter::repeat_n((5, true), 2 * keys.len());

@@ -14,6 +14,7 @@ mod prepare;
 mod stats;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -172,6 +173,7 @@ async fn keep_running(
     let commands = Arc::new(tokio::sync::Mutex::new(commands));
     let mut passed = HashSet::new();
     loop {
+        let begun = tokio::time::Instant::now();
         let name = plan.name.clone();
         // A task of its own, so that a panic ends the attempt and not the branch.
         let run = actor::run(
@@ -203,6 +205,9 @@ async fn keep_running(
             Err(_) => return,
         }
         BranchCounters::add(&board.counters.restarts, 1);
+        if begun.elapsed() > Duration::from_secs(60) {
+            wait = Duration::from_millis(100);
+        }
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(Duration::from_secs(30));
     }

@@ -7,8 +7,10 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::actor::{Actor, BatchDone, Settled, aside_row};
-use super::lanes::Delivery;
+use super::breaker::Circuit;
+use super::lanes::{Delivery, Since};
 use super::stats::{BranchCounters, Pause};
+use super::waiting::Failures;
 use crate::clock::Timestamp;
 use crate::record::Record;
 use crate::sink::{Failure, Operation, Verdict};
@@ -27,6 +29,8 @@ enum Next {
     Again(Delivery, Option<Duration>),
     /// To the shelf, with all of its lane; tried again after so long.
     Aside(Delivery, Duration),
+    /// To the dead letters.
+    Dead(Delivery, DeadReason),
 }
 
 impl Actor {
@@ -42,6 +46,7 @@ impl Actor {
         let mut landed: Vec<(Box<str>, usize)> = Vec::new();
         let mut back: Vec<(Box<str>, Vec<Delivery>, Option<Duration>)> = Vec::new();
         let mut aside: Vec<(Box<str>, Delivery, Duration)> = Vec::new();
+        let mut dead: Vec<(Delivery, DeadReason)> = Vec::new();
         for (index, delivery) in done.taken.into_iter().enumerate() {
             let lane = delivery.lane();
             match landed.iter_mut().rev().take(8).find(|(name, _)| *name == lane) {
@@ -71,6 +76,7 @@ impl Actor {
                     None => back.push((lane, vec![delivery], wait)),
                 },
                 Next::Aside(delivery, wait) => aside.push((lane, delivery, wait)),
+                Next::Dead(delivery, reason) => dead.push((delivery, reason)),
             }
         }
         let now = Instant::now();
@@ -79,6 +85,11 @@ impl Actor {
         }
         for (lane, count) in landed {
             self.lanes.landed(&lane, count);
+        }
+        for (delivery, reason) in dead {
+            let error = delivery.last_error.clone();
+            self.dead_bytes = self.dead_bytes.saturating_sub(delivery.event.record.weight() as u64);
+            self.end_in(delivery, reason, error, &mut settlement, &mut settled);
         }
         for (lane, delivery, wait) in aside {
             self.set_aside(lane, delivery, wait, &mut settlement, &mut settled);
@@ -94,23 +105,17 @@ impl Actor {
         BranchCounters::add(&self.board.counters.delivered, 1);
         BranchCounters::add(&self.board.counters.delivered_bytes, weight);
         self.bytes = self.bytes.saturating_sub(weight);
-        let now = self.deps.clock.now();
-        self.accepted_at = now;
+        self.accepted += 1;
         if self.breaker.answered(false) {
             self.reopen();
         }
+        let now = self.deps.clock.now();
         self.board.update(|status| status.last_delivered_at = Some(now));
-        if !self.dead_lanes.is_empty()
-            && let Some(rows) = self.dead_lanes.get_mut(&delivery.lane())
-        {
-            let older = |row: &mut RowKey| *row < delivery.row;
-            settlement.overtaken.extend(rows.extract_if(.., older));
+        if !self.dead_lanes.is_empty() {
+            settlement.overtaken.extend(self.overtaken_by(&delivery.lane(), delivery.row));
         }
-        match delivery.shelved {
-            Some(lane) => {
-                settlement.returned.push(delivery.row);
-                settled.left.push(lane);
-            }
+        match &delivery.shelved {
+            Some(shelved) => Self::end_shelved(shelved, delivery.row, None, settlement, settled),
             None => _ = self.frontier.end(delivery.row.position),
         }
     }
@@ -127,8 +132,7 @@ impl Actor {
             Verdict::Never => {
                 delivery.attempts += 1;
                 if failure.rendering {
-                    let error = failure.message.clone();
-                    return self.end_or_keep(delivery, DeadReason::Template, error, "sink");
+                    return self.end_or_keep(delivery, DeadReason::Template);
                 }
                 if self.breaker.answered(true) {
                     self.reopen();
@@ -137,44 +141,65 @@ impl Actor {
                     self.begin_pause("refused", refusal_note(&failure.message));
                     return Next::Again(delivery, None);
                 }
-                let error = failure.message.clone();
-                self.end_or_keep(delivery, DeadReason::Refused, error, "sink")
+                self.end_or_keep(delivery, DeadReason::Refused)
             }
             Verdict::Down | Verdict::After(_) => {
-                BranchCounters::add(&self.board.counters.down, 1);
                 let at_least = match failure.verdict {
-                    Verdict::After(wait) => Some(wait.min(LONGEST_AFTER)),
-                    _ => None,
+                    Verdict::After(wait) => wait.min(LONGEST_AFTER),
+                    _ => Duration::ZERO,
                 };
-                if self.breaker.down(instant, at_least) {
+                // A target that is away only for this one, again and again, would else stop all others with it.
+                let only_for_this = delivery.away_since.is_some_and(|taken| self.accepted > taken);
+                if only_for_this && self.breaker.circuit() == Circuit::Closed {
+                    return self.back_off(delivery, at_least, &failure.message);
+                }
+                BranchCounters::add(&self.board.counters.down, 1);
+                delivery.away_since.get_or_insert(self.accepted);
+                if self.breaker.down(instant, Some(at_least)) {
                     self.close(&failure.message);
                 }
                 Next::Again(delivery, None)
             }
-            Verdict::Backoff => {
-                BranchCounters::add(&self.board.counters.retried, 1);
-                delivery.count_failure(self.breaker.streak(), now);
-                if self.breaker.failed(instant, &delivery.lane()) {
-                    delivery.give_back(self.breaker.streak());
-                    self.close(&failure.message);
-                    return Next::Again(delivery, None);
-                }
-                let first_failed = delivery.first_failed.unwrap_or(now);
-                let retry = &self.plan.retry;
-                let others_go_through = self.accepted_at > first_failed;
-                let spent = delivery.attempts >= retry.attempts && others_go_through;
-                if spent || now.since(first_failed) >= retry.give_up {
-                    let error = failure.message.clone();
-                    return self.end_or_keep(delivery, DeadReason::Exhausted, error, "sink");
-                }
-                let wait = retry.wait(delivery.attempts, fastrand::f64());
-                let long = delivery.attempts >= ASIDE_AFTER.0 || wait > ASIDE_AFTER.1;
-                if delivery.shelved.is_some() || (long && others_go_through && self.asides.has_room()) {
-                    return Next::Aside(delivery, wait);
-                }
-                Next::Again(delivery, Some(wait))
+            // The target is known to be away: what it says to a probe, or to what was under way, is no record's fault.
+            Verdict::Backoff if self.breaker.circuit() != Circuit::Closed => {
+                BranchCounters::add(&self.board.counters.down, 1);
+                self.breaker.down(instant, None);
+                Next::Again(delivery, None)
             }
+            Verdict::Backoff => self.back_off(delivery, Duration::ZERO, &failure.message),
         }
+    }
+
+    /// Counts the failure and waits, in memory or on the shelf; or the delivery has had its chances.
+    fn back_off(&mut self, mut delivery: Delivery, at_least: Duration, error: &str) -> Next {
+        BranchCounters::add(&self.board.counters.retried, 1);
+        let since = self.since();
+        delivery.count_failure(self.breaker.streak(), self.deps.clock.now(), since);
+        if self.breaker.failed(Instant::now(), &delivery.lane()) {
+            delivery.give_back(self.breaker.streak());
+            self.close(error);
+            return Next::Again(delivery, None);
+        }
+        let first = delivery.failing.unwrap_or(since);
+        let retry = &self.plan.retry;
+        let others_go_through = since.accepted > first.accepted;
+        let spent = delivery.attempts >= retry.attempts && others_go_through;
+        if spent || since.open.saturating_sub(first.open) >= retry.give_up {
+            return self.end_or_keep(delivery, DeadReason::Exhausted);
+        }
+        let wait = retry.wait(delivery.attempts, fastrand::f64()).max(at_least);
+        let long = delivery.attempts >= ASIDE_AFTER.0 || wait > ASIDE_AFTER.1;
+        if delivery.shelved.is_some() || (long && others_go_through && self.asides.has_room()) {
+            return Next::Aside(delivery, wait);
+        }
+        Next::Again(delivery, Some(wait))
+    }
+
+    /// How far the branch has come; only the time counts in which it was open.
+    pub(super) fn since(&self) -> Since {
+        let now = self.deps.clock.now();
+        let closed = self.closed + self.closed_since.map_or(Duration::ZERO, |since| now.since(since));
+        Since { open: now.since(self.started).saturating_sub(closed), accepted: self.accepted }
     }
 
     /// Closes the delivery's lane: it and all that waits behind it go to the shelf in one group (LOG.md 12).
@@ -190,6 +215,8 @@ impl Actor {
         let next_try = now.saturating_add(wait);
         let behind = self.lanes.close(&lane);
         let again = delivery.shelved.is_some();
+        let failures =
+            delivery.failing.map(|since| Failures { row: delivery.row, since, streak: delivery.streak, given_back: 0 });
         let mut added = 0;
         for delivery in std::iter::once(delivery).chain(behind) {
             self.bytes = self.bytes.saturating_sub(delivery.weight());
@@ -206,47 +233,82 @@ impl Actor {
         if !again {
             BranchCounters::add(&self.board.counters.set_aside, added);
         }
-        self.asides.wait(&lane, added as u64, next_try);
+        self.asides.wait(&lane, added as u64, next_try, failures);
+        settled.joined.push(lane);
     }
 
     /// A dead letter if there is room for one; else the branch pauses and the delivery keeps waiting.
-    fn end_or_keep(&mut self, delivery: Delivery, reason: DeadReason, error: Box<str>, stage: &str) -> Next {
-        if self.dead_bytes >= self.plan.dead_letters.size.0 {
+    fn end_or_keep(&mut self, delivery: Delivery, reason: DeadReason) -> Next {
+        if self.is_full() {
+            return Next::Again(delivery, None);
+        }
+        // Reserved at once, so that a whole batch of letters does not pass the limit together.
+        self.dead_bytes += delivery.event.record.weight() as u64;
+        Next::Dead(delivery, reason)
+    }
+
+    /// True when the dead letters have no room; the branch then pauses.
+    pub(super) fn is_full(&mut self) -> bool {
+        let size = self.plan.dead_letters.size;
+        if self.dead_bytes >= size.0 {
             self.count_dead_bytes();
         }
-        if self.dead_bytes >= self.plan.dead_letters.size.0 {
-            let size = self.plan.dead_letters.size;
+        let full = self.dead_bytes >= size.0;
+        if full {
             let note =
                 format!("the dead letters have reached {size}: replay or purge some, or raise dead_letters.size");
             self.begin_pause("dead_letters_full", note);
-            return Next::Again(delivery, None);
         }
-        let rendered = Some(delivery.event.payload().clone());
-        self.end_badly(delivery, reason, error, stage, rendered);
-        Next::Over
+        full
     }
 
-    /// Ends a delivery in the dead letters; the frontier passes when that is durable.
-    pub(super) fn end_badly(
+    /// Ends one delivery in the dead letters. Nothing of its lane may be under way.
+    pub(super) fn end_badly(&mut self, delivery: Delivery, reason: DeadReason, error: Box<str>) {
+        let (mut settlement, mut settled) = (Settlement::default(), Settled::default());
+        self.end_in(delivery, reason, error, &mut settlement, &mut settled);
+        self.settle(settlement, settled);
+    }
+
+    /// Ends a delivery in the dead letters; the frontier passes when that is durable. Where the file says `block`, the
+    /// rest of its key goes to the shelf in the same group.
+    fn end_in(
         &mut self,
         delivery: Delivery,
         reason: DeadReason,
         error: Box<str>,
-        stage: &str,
-        rendered: Option<Bytes>,
+        settlement: &mut Settlement,
+        settled: &mut Settled,
     ) {
         self.bytes = self.bytes.saturating_sub(delivery.weight());
+        let lane = delivery.lane();
+        let keyed = delivery.ordered && delivery.event.key.is_some();
         let record = Arc::clone(&delivery.event.record);
-        let letter = self.letter(delivery.row, record, reason, delivery.attempts, error, stage, rendered);
-        if delivery.event.key.is_some() {
-            self.remember_dead(&delivery.lane(), delivery.row);
+        let rendered = Some(delivery.event.payload().clone());
+        let letter = self.letter(delivery.row, record, reason, delivery.attempts, error, "sink", rendered);
+        if keyed {
+            self.remember_dead(&lane, delivery.row);
         }
-        let mut settled = Settled::default();
-        match delivery.shelved {
-            Some(lane) => settled.left.push(lane),
-            None => settled.ends.push(delivery.row.position),
+        match &delivery.shelved {
+            Some(shelved) => Self::end_shelved(shelved, delivery.row, Some(letter), settlement, settled),
+            None => {
+                settled.ends.push(delivery.row.position);
+                settlement.dead.push(letter);
+            }
         }
-        self.settle(Settlement { dead: vec![letter], ..Settlement::default() }, settled);
+        if self.blocks(keyed) {
+            let now = self.deps.clock.now();
+            let mut added = 0;
+            for behind in self.lanes.close(&lane) {
+                self.bytes = self.bytes.saturating_sub(behind.weight());
+                if behind.shelved.is_none() {
+                    added += 1;
+                    settled.ends.push(behind.row.position);
+                    settlement.aside.push(aside_row(&behind, lane.clone(), Timestamp::MAX, now));
+                }
+            }
+            self.asides.block(&lane, added);
+            settled.joined.push(lane);
+        }
     }
 
     /// Writes a dead letter, and the copy that the file asks for.
@@ -289,6 +351,7 @@ impl Actor {
     fn close(&mut self, error: &str) {
         let streak = self.breaker.streak();
         self.lanes.each(|delivery| delivery.give_back(streak));
+        self.asides.give_back(streak);
         self.closed_since.get_or_insert(self.deps.clock.now());
         if self.pause.is_none() {
             let note = format!("the target is away ({error}); it is probed with growing waits of up to 30 s");
@@ -299,7 +362,7 @@ impl Actor {
     fn reopen(&mut self) {
         let now = self.deps.clock.now();
         if let Some(since) = self.closed_since.take() {
-            self.shift(now.since(since));
+            self.closed += now.since(since);
         }
         if self.pause.as_ref().is_some_and(|pause| pause.cause == "breaker") {
             self.pause = None;
@@ -307,13 +370,6 @@ impl Actor {
             self.board.update(|status| status.pause = None);
         }
         self.lanes.wake_all();
-    }
-
-    /// The branch was closed for so long: that counts against no record.
-    fn shift(&mut self, by: Duration) {
-        self.lanes.each(|delivery| {
-            delivery.first_failed = delivery.first_failed.map(|first: Timestamp| first.saturating_add(by));
-        });
     }
 
     pub(super) fn begin_pause(&mut self, cause: &'static str, note: String) {
@@ -344,6 +400,10 @@ impl Actor {
             }
             self.reopen();
             self.breaker.probe_now();
+            if self.breaker.circuit() != Circuit::Closed {
+                self.closed_since = Some(self.deps.clock.now());
+                self.begin_pause("breaker", "the target was away when it was last tried; it is probed".to_owned());
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 //! A function of the record, the plan that was in force when it came, and the branch as it is now. It sends nothing and
 //! stores nothing, so it may run on any thread and as often as needed.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::pipeline::plan::{BranchPlan, Plan, Routing};
@@ -59,7 +60,7 @@ pub(super) fn is_cheap(branch: &BranchPlan, plan: &Plan) -> bool {
 }
 
 /// What the record is to the branch. `then` was in force when it came and decides who takes it; `branch` and `now` say
-/// how it is changed and sent.
+/// how it is changed and sent. A stage that panics is the record's error, or the branch would meet it again and again.
 pub(super) fn prepare(
     position: Position,
     record: Arc<Record>,
@@ -67,6 +68,19 @@ pub(super) fn prepare(
     now: &Plan,
     then: &Plan,
 ) -> Prepared {
+    let work = || run(position, Arc::clone(&record), branch, now, then);
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        let stillborn = Stillborn {
+            reason: DeadReason::Script,
+            stage: "transform".into(),
+            error: "a stage panicked on this record; this is a fault of walflow".into(),
+        };
+        let parts = vec![Part { child: 0, result: Err(stillborn) }];
+        Prepared { position, record: Arc::clone(&record), parts, dropped: None }
+    })
+}
+
+fn run(position: Position, record: Arc<Record>, branch: &BranchPlan, now: &Plan, then: &Plan) -> Prepared {
     let mut prepared = Prepared { position, record: Arc::clone(&record), parts: Vec::new(), dropped: None };
     let own = then.branches.iter().find(|other| other.name == branch.name || Some(&other.name) == branch.was.as_ref());
     let Some(own) = own else { return prepared };
@@ -188,7 +202,7 @@ fn takes(routing: &Routing, arm: usize, event: &Event) -> Result<Taken, Stillbor
     }
 }
 
-fn choose(cases: &[Option<Predicate>], event: &Event) -> Result<usize, Stillborn> {
+pub(super) fn choose(cases: &[Option<Predicate>], event: &Event) -> Result<usize, Stillborn> {
     for (index, when) in cases.iter().enumerate() {
         if when.as_ref().map_or(Ok(true), |when| when.holds(event))? {
             return Ok(index);

@@ -53,7 +53,7 @@ impl BranchCounters {
 /// Why a branch does not send.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Pause {
-    /// `breaker`, `refused`, `dead_letters_full`, `set_aside_full` or `operator`.
+    /// `breaker`, `refused`, `dead_letters_full` or `operator`.
     pub cause: &'static str,
     /// What happened, and what ends it.
     pub note: String,

@@ -1,1 +1,236 @@
-//! Each rule of a branch, on the log in memory with a scripted target.
+//! Each rule of a branch, on the log in memory with a scripted target and a clock that follows tokio's.
+
+mod ends;
+mod order;
+mod outage;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+use tokio::time::{Instant, sleep};
+
+use super::{BranchDeps, BranchHandle, BranchStatus, OpenSink};
+use crate::clock::{Clock, Timestamp};
+use crate::pipeline::make;
+use crate::pipeline::plan::Plan;
+use crate::pipeline::revisions::Revisions;
+use crate::record::{Record, RecordId};
+use crate::sink::{BatchStyle, Failure, Operation, Sink, Verdict, Written};
+use crate::source::memory::Memory;
+use crate::source::{BranchName, DeadLetter, DeadQuery, Log, Shelf, Start, Write};
+use crate::spec::environment::Environment;
+use crate::spec::text::Text;
+use crate::spec::{Neighbours, load_text};
+use crate::transform::Compiler;
+
+type Judge = Box<dyn FnMut(u64) -> Option<Verdict> + Send>;
+
+/// The target: judges each record by the number in its payload and remembers what it took.
+struct Target {
+    judge: Mutex<Judge>,
+    /// Key and number of what it took, in order.
+    taken: Mutex<Vec<(Option<String>, u64)>>,
+    /// Every record that it was asked to take.
+    asked: Mutex<Vec<u64>>,
+    latency: Mutex<Duration>,
+}
+
+impl Target {
+    fn judge(&self, judge: impl FnMut(u64) -> Option<Verdict> + Send + 'static) {
+        *self.judge.lock() = Box::new(judge);
+    }
+
+    fn taken(&self) -> Vec<u64> {
+        self.taken.lock().iter().map(|(_, number)| *number).collect()
+    }
+
+    fn taken_sorted(&self) -> Vec<u64> {
+        let mut taken = self.taken();
+        taken.sort_unstable();
+        taken
+    }
+}
+
+struct Double(Arc<Target>);
+
+impl Sink for Double {
+    fn batch_style(&self) -> BatchStyle {
+        BatchStyle::Independent
+    }
+
+    fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
+        async move {
+            let latency = *self.0.latency.lock();
+            sleep(latency).await;
+            let mut written = Written::default();
+            for (index, operation) in batch.iter().enumerate() {
+                let number = operation.event.json().unwrap()["n"].as_u64().unwrap();
+                self.0.asked.lock().push(number);
+                match (self.0.judge.lock())(number) {
+                    Some(verdict) => written.failed.push((index, Failure::new(verdict, "as scripted"))),
+                    None => {
+                        self.0.taken.lock().push((operation.event.key.as_deref().map(str::to_owned), number));
+                    }
+                }
+            }
+            written
+        }
+        .boxed()
+    }
+}
+
+struct Bench {
+    log: Arc<Memory>,
+    revisions: Arc<Revisions>,
+    target: Arc<Target>,
+    plan: Arc<Plan>,
+    clock: Clock,
+    handle: BranchHandle,
+    _ticker: tokio_util::task::AbortOnDropHandle<()>,
+}
+
+impl Bench {
+    /// A running branch of a stdout sink with these settings, its target taking everything.
+    async fn new(settings: &str) -> Self {
+        let clock = Clock::manual(Timestamp::from_millis(1_764_000_000_000));
+        let ticker = tokio::spawn({
+            let clock = clock.clone();
+            async move {
+                loop {
+                    sleep(Duration::from_millis(10)).await;
+                    clock.advance(Duration::from_millis(10));
+                }
+            }
+        });
+        let log = Memory::new(1, clock.clone());
+        let plan = Arc::new(plan(settings, &clock));
+        let revisions = Arc::new(Revisions::new(Arc::clone(&log) as Arc<dyn Log>));
+        let epoch = log.put_epoch(plan.files.clone()).await.unwrap();
+        revisions.publish(epoch.number, Arc::clone(&plan));
+        let target = Arc::new(Target {
+            judge: Mutex::new(Box::new(|_| None)),
+            taken: Mutex::default(),
+            asked: Mutex::default(),
+            latency: Mutex::new(Duration::from_millis(1)),
+        });
+        let handle = start(&log, &revisions, &target, &clock, &plan);
+        let _ticker = tokio_util::task::AbortOnDropHandle::new(ticker);
+        Self { log, revisions, target, plan, clock, handle, _ticker }
+    }
+
+    /// Kills the branch and starts it again from what is stored.
+    async fn restart(&mut self) {
+        self.handle.stop().await;
+        self.handle = start(&self.log, &self.revisions, &self.target, &self.clock, &self.plan);
+    }
+
+    async fn write(&self, number: u64, key: Option<&str>) -> RecordId {
+        let record = Record {
+            id: RecordId::from_bytes([0; 16]),
+            written_at: Timestamp::MIN,
+            due_at: None,
+            key: key.map(Into::into),
+            headers: Vec::new(),
+            target: None,
+            priority: None,
+            tags: Vec::new(),
+            origin: None,
+            idempotency_key: None,
+            epoch: 0,
+            binary: false,
+            payload: Bytes::from(format!(r#"{{"n":{number}}}"#)),
+        };
+        match self.log.admit(vec![Write { record, due_at: None, idempotency: None }]).await.unwrap().remove(0) {
+            crate::source::Admitted::Appended { id, .. } => id,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn branch(&self) -> BranchName {
+        self.handle.name()
+    }
+
+    fn status(&self) -> BranchStatus {
+        self.handle.board().status()
+    }
+
+    fn pause(&self) -> Option<&'static str> {
+        self.status().pause.map(|pause| pause.cause)
+    }
+
+    async fn dead(&self) -> Vec<DeadLetter> {
+        self.log.dead_letters(DeadQuery { limit: 100_000, ..DeadQuery::default() }).await.unwrap().rows
+    }
+
+    /// The numbers of the dead letters.
+    async fn dead_numbers(&self) -> Vec<u64> {
+        self.dead().await.iter().map(|letter| number(&letter.record)).collect()
+    }
+
+    fn lag(&self) -> u64 {
+        self.log.lag(&self.branch()).records
+    }
+
+    fn aside(&self) -> u64 {
+        self.log.counts().aside.iter().map(|(_, rows)| rows).sum()
+    }
+
+    /// Waits until everything has its end.
+    async fn drained(&self) {
+        self.until("everything has its end", |bench| bench.lag() == 0 && bench.aside() == 0).await;
+    }
+
+    async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + Duration::from_secs(2 * 3_600);
+        while !holds(self) {
+            assert!(
+                Instant::now() < end,
+                "never: {what}; {:?}, lag {}, aside {}",
+                self.status(),
+                self.lag(),
+                self.aside()
+            );
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+fn number(record: &Record) -> u64 {
+    serde_json::from_slice::<serde_json::Value>(&record.payload).unwrap()["n"].as_u64().unwrap()
+}
+
+fn plan(settings: &str, clock: &Clock) -> Plan {
+    let environment = Environment::new([]);
+    let yaml = format!("namespace: test\nsink:\n  stdout: {{}}\n{settings}");
+    let loaded = load_text(Text::new("test.yaml", &yaml), Neighbours::kept([].into()), &environment);
+    let made = make(&loaded, &environment, &Compiler::new(clock.clone(), environment.variables()));
+    made.plan.unwrap_or_else(|| panic!("{:?}", made.diagnostics))
+}
+
+fn start(
+    log: &Arc<Memory>,
+    revisions: &Arc<Revisions>,
+    target: &Arc<Target>,
+    clock: &Clock,
+    plan: &Plan,
+) -> BranchHandle {
+    let target = Arc::clone(target);
+    let open_sink: OpenSink = Arc::new(move |_, _| Ok(Box::new(Double(Arc::clone(&target)))));
+    let deps = BranchDeps {
+        namespace: plan.namespace.clone(),
+        log: Arc::clone(log) as Arc<dyn Log>,
+        shelf: Arc::clone(log) as Arc<dyn Shelf>,
+        revisions: Arc::clone(revisions),
+        open_sink,
+        clock: clock.clone(),
+        start: Start::Earliest,
+    };
+    BranchHandle::start(deps, Arc::clone(&plan.branches[0]))
+}
+
+/// Few and short retries, so that a test sees them spent.
+const IMPATIENT: &str = "  retry: { attempts: 3, backoff: { first: 50ms, max: 200ms } }\n";

@@ -1,0 +1,147 @@
+//! Dead letters and what follows from them: replay, overtaken, block, full, skip, crashes.
+
+use super::*;
+use crate::pipeline::branch::Skip;
+use crate::source::{DeadReason, Settlement};
+
+#[tokio::test(start_paused = true)]
+async fn a_replayed_letter_goes_to_its_branch_again_and_an_overtaken_one_only_by_force() {
+    let bench = Bench::new(IMPATIENT).await;
+    bench.target.judge(|number| (number < 2).then_some(Verdict::Never));
+    bench.write(0, Some("moved-on")).await;
+    bench.write(1, Some("still")).await;
+    bench.write(2, Some("moved-on")).await;
+    bench.drained().await;
+    bench.target.judge(|_| None);
+    let letters = bench.dead().await;
+    let marks: Vec<(u64, bool)> = letters.iter().map(|letter| (number(&letter.record), letter.overtaken)).collect();
+    assert_eq!(marks, [(0, true), (1, false)]);
+    let all = DeadQuery { limit: 10, ..DeadQuery::default() };
+    let replayed = bench.log.replay(all.clone(), false).await.unwrap();
+    assert_eq!((replayed.replayed, replayed.overtaken), (1, 1));
+    bench.drained().await;
+    assert_eq!(bench.target.taken(), [2, 1]);
+    bench.log.replay(all, true).await.unwrap();
+    bench.drained().await;
+    assert_eq!(bench.target.taken(), [2, 1, 0]);
+    assert!(bench.dead().await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_replayed_letters_of_one_key_come_in_order() {
+    let bench = Bench::new(IMPATIENT).await;
+    bench.target.judge(|_| Some(Verdict::Never));
+    for number in 0..90 {
+        bench.write(number, Some("k")).await;
+    }
+    bench.drained().await;
+    bench.target.judge(|_| None);
+    for _ in 0..9 {
+        bench.log.replay(DeadQuery { limit: 10, ..DeadQuery::default() }, true).await.unwrap();
+        sleep(Duration::from_millis(2)).await;
+    }
+    bench.drained().await;
+    assert_eq!(bench.target.taken(), (0..90).collect::<Vec<_>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_block_a_dead_letter_holds_its_key_until_it_is_gone() {
+    let mut bench = Bench::new("  dead_letters: { on_dead_letter: block }\n").await;
+    bench.target.judge(|number| (number == 0).then_some(Verdict::Never));
+    for number in 0..5 {
+        bench.write(number, Some("held")).await;
+    }
+    bench.write(5, Some("free")).await;
+    sleep(Duration::from_secs(10)).await;
+    bench.write(6, Some("held")).await;
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(bench.target.taken(), [5], "what waited in memory is held too");
+    assert_eq!(bench.lag(), 0, "the frontier has passed");
+    bench.restart().await;
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(bench.target.taken(), [5], "over a restart too");
+    bench.log.purge(DeadQuery { limit: 10, ..DeadQuery::default() }).await.unwrap();
+    bench.drained().await;
+    assert_eq!(bench.target.taken(), [5, 1, 2, 3, 4, 6]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn full_dead_letters_pause_the_branch_until_there_is_room() {
+    let bench = Bench::new("  dead_letters: { size: 2KiB }\n").await;
+    bench.target.judge(|number| (number % 4 == 0).then_some(Verdict::Never));
+    for number in 0..100 {
+        bench.write(number, None).await;
+    }
+    bench.until("it is full", |bench| bench.pause() == Some("dead_letters_full")).await;
+    sleep(Duration::from_secs(60)).await;
+    let dead = bench.dead().await.len();
+    assert!((1..25).contains(&dead), "{dead}");
+    for _ in 0..10 {
+        bench.log.purge(DeadQuery { limit: 1_000, ..DeadQuery::default() }).await.unwrap();
+        sleep(Duration::from_secs(1)).await;
+    }
+    bench.drained().await;
+    assert_eq!(bench.target.taken().len(), 75);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_skip_ends_what_blocks() {
+    let bench = Bench::new(IMPATIENT).await;
+    bench.target.judge(|number| (number < 2).then_some(Verdict::Backoff));
+    let first = bench.write(0, Some("a")).await;
+    let second = bench.write(1, Some("a")).await;
+    bench.write(2, Some("a")).await;
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(skip(&bench, Skip::Head).await, first);
+    assert_eq!(skip(&bench, Skip::Record(second)).await, second);
+    bench.drained().await;
+    assert_eq!(bench.target.taken(), [2]);
+    assert!(bench.dead().await.iter().all(|letter| letter.reason == DeadReason::Skipped));
+}
+
+/// Skips, and again while the delivery is under way.
+async fn skip(bench: &Bench, which: Skip) -> RecordId {
+    loop {
+        if let Some(id) = bench.handle.skip(which).await {
+            return id;
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operators_pause_outlives_a_restart() {
+    let mut bench = Bench::new(IMPATIENT).await;
+    bench.handle.pause("maintenance".to_owned()).await;
+    bench.until("it is paused", |bench| bench.pause() == Some("operator")).await;
+    bench.restart().await;
+    bench.write(0, None).await;
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!((bench.pause(), bench.target.taken().len()), (Some("operator"), 0));
+    bench.handle.resume().await;
+    bench.drained().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_third_mark_ends_a_record_and_retries_make_no_marks() {
+    let mut bench = Bench::new(IMPATIENT).await;
+    bench.handle.stop().await;
+    for number in 1..=3 {
+        bench.write(number, None).await;
+    }
+    let mark = |position| Settlement { mark: Some(crate::record::Position(position)), ..Settlement::default() };
+    bench.log.settle(&bench.branch(), mark(1)).await.unwrap();
+    bench.log.settle(&bench.branch(), mark(1)).await.unwrap();
+    bench.log.settle(&bench.branch(), mark(2)).await.unwrap();
+    bench.target.judge(|_| Some(Verdict::Down));
+    bench.restart().await;
+    sleep(Duration::from_secs(3_600)).await;
+    bench.target.judge(|_| None);
+    bench.drained().await;
+    let dead = bench.dead().await;
+    assert_eq!(
+        dead.iter().map(|letter| (number(&letter.record), letter.reason)).collect::<Vec<_>>(),
+        [(1, DeadReason::Crash)]
+    );
+    assert_eq!(bench.target.taken_sorted(), [2, 3]);
+}
