@@ -250,9 +250,7 @@ impl Actor {
     /// True when the dead letters have no room; the branch then pauses.
     pub(super) fn is_full(&mut self) -> bool {
         let size = self.plan.dead_letters.size;
-        if self.dead_bytes >= size.0 {
-            self.count_dead_bytes();
-        }
+        // Counted here alone: the shelf knows nothing yet of letters under way. The tick counts anew while it is full.
         let full = self.dead_bytes >= size.0;
         if full {
             let note =
