@@ -4,6 +4,7 @@ mod crash;
 mod double;
 mod power;
 mod repair;
+mod rows;
 mod verbs;
 
 use std::path::Path;

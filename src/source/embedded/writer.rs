@@ -43,6 +43,8 @@ pub(super) struct Writer {
 impl Writer {
     /// A writer that goes on after `last`, whose time was `time`.
     pub(super) fn new(shared: Arc<Shared>, file: OpenFile, last: Sequence, time: Timestamp) -> Self {
+        // The counter of that millisecond is not known any more, so ids go on in the next one.
+        let time = time.saturating_add(Duration::from_millis(1));
         Self { shared, file, last, durable: last, time, counter: 0, gone: Gone::default(), capacity_hint: 0 }
     }
 
