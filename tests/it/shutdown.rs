@@ -53,11 +53,18 @@ async fn an_orderly_stop_and_start_repeat_nothing_and_lose_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_signal_ends_it_at_once() {
-    let receiver = Receiver::judging(|_| 503).await;
-    let yaml = format!("namespace: hurried\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url);
+    // A target that takes connections and never answers keeps the stop waiting.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/in", silent.local_addr().unwrap());
+    let yaml = format!("namespace: hurried\nsink: {{ http: {{ url: '{url}' }} }}\n");
     let place = Place::new().pipeline("p.yaml", &yaml).arg("--shutdown-timeout").arg("60s");
     let mut running = place.start().await;
     running.accepted("hurried", None, json!({})).await;
+    until("the record to be under way", || {
+        silent.set_nonblocking(true).unwrap();
+        silent.accept().ok()
+    })
+    .await;
     running.signal(Signal::TERM);
     until("the stop to begin", || running.log().contains("stopping").then_some(())).await;
     assert!(!running.has_ended());

@@ -163,7 +163,7 @@ pub(super) async fn run(
         incomplete_since: None,
         read_to: start.cursor,
         stored: start.cursor,
-        careful_until: if careful { Position(start.cursor.0 + WINDOW) } else { Position(0) },
+        careful_until: if careful { Position((start.cursor.0 + WINDOW).min(deps.log.end().0)) } else { Position(0) },
         marks: start.marks.into_iter().collect(),
         marked: HashSet::new(),
         ticked: Instant::now(),
@@ -423,6 +423,7 @@ impl Actor {
                 return self.end_badly(delivery, crate::source::DeadReason::Crash, error.into());
             }
         }
+        let frontier = self.frontier.position();
         let region = &self.plan.region;
         let operation = |delivery: &Delivery| Operation {
             event: delivery.event.clone(),
@@ -433,7 +434,8 @@ impl Actor {
         let (sink, settles_at, name) = (Arc::clone(&self.sink), Arc::clone(&self.deps.shelf), self.plan.name.clone());
         let attempt = async move {
             if let Some(position) = mark {
-                let settlement = Settlement { mark: Some(position), ..Settlement::default() };
+                // What went well before is durable with the mark, so a stop counts against this record alone.
+                let settlement = Settlement { mark: Some(position), frontier: Some(frontier), ..Settlement::default() };
                 if settles_at.settle(&name, settlement).await.is_err() {
                     return BatchDone { taken, written: None, took: Duration::ZERO };
                 }
