@@ -133,7 +133,7 @@ impl Actor {
             let siblings = (sound.len() > 1 || letter.is_some())
                 .then(|| Arc::new(Mutex::new(Siblings { open: sound.len(), letter: letter.take() })));
             for (event, case) in sound {
-                let mut delivery = self.from_shelf(&row, lane, event, case);
+                let mut delivery = self.shelved_delivery(&row, lane, event, case);
                 if let Some(shelved) = &mut delivery.shelved {
                     shelved.siblings.clone_from(&siblings);
                 }
@@ -151,7 +151,7 @@ impl Actor {
         Ok(())
     }
 
-    fn from_shelf(&self, row: &AsideRow, lane: &str, event: Event, case: usize) -> Delivery {
+    fn shelved_delivery(&self, row: &AsideRow, lane: &str, event: Event, case: usize) -> Delivery {
         let mut delivery = Delivery::new(row.row, event, case, true);
         delivery.attempts = row.attempts;
         delivery.first_failed = (row.attempts > 0).then_some(row.first_failed);

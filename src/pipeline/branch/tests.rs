@@ -118,8 +118,8 @@ impl Bench {
             latency: Mutex::new(Duration::from_millis(1)),
         });
         let handle = start(&log, &revisions, &target, &clock, &plan);
-        let _ticker = tokio_util::task::AbortOnDropHandle::new(ticker);
-        Self { log, revisions, target, plan, clock, handle, _ticker }
+        let ticker = tokio_util::task::AbortOnDropHandle::new(ticker);
+        Self { log, revisions, target, plan, clock, handle, _ticker: ticker }
     }
 
     /// Kills the branch and starts it again from what is stored.
