@@ -13,7 +13,7 @@ async fn a_night_of_outage_at_high_traffic_costs_no_record_and_holds_no_memory()
     for number in 0..20_000 {
         bench.write(number, (number % 3 > 0).then_some(["a", "b", "c"][usize::try_from(number % 3).unwrap()])).await;
     }
-    sleep(Duration::from_secs(8 * 3_600)).await;
+    sleep(Duration::from_secs(2 * 3_600)).await;
     assert_eq!(bench.pause(), Some("breaker"));
     assert!(bench.status().in_flight <= 8_192, "{} are held", bench.status().in_flight);
     let asked = bench.target.asked.lock().clone();
@@ -32,7 +32,7 @@ async fn an_outage_with_500s_at_one_record_a_minute_costs_no_record() {
     bench.write(0, None).await;
     bench.drained().await;
     bench.target.judge(|_| Some(Verdict::Backoff));
-    for number in 1..=300 {
+    for number in 1..=90 {
         bench.write(number, None).await;
         sleep(Duration::from_secs(60)).await;
     }
@@ -46,7 +46,7 @@ async fn an_outage_with_500s_at_one_record_a_minute_costs_no_record() {
     }
     bench.target.judge(|_| None);
     bench.drained().await;
-    assert_eq!(bench.target.taken().iter().collect::<BTreeSet<_>>().len() + bench.dead().await.len(), 301);
+    assert_eq!(bench.target.taken().iter().collect::<BTreeSet<_>>().len() + bench.dead().await.len(), 91);
 }
 
 #[tokio::test(start_paused = true)]
