@@ -18,10 +18,10 @@ use super::pace::Pace;
 use super::prepare::{Prepared, Stillborn, is_cheap, prepare};
 use super::stats::{Board, BranchCounters, Pause};
 use super::waiting::Asides;
-use super::{BranchDeps, Command, Skip};
+use super::{BranchDeps, Command};
 use crate::clock::Timestamp;
 use crate::pipeline::plan::BranchPlan;
-use crate::record::{Position, RecordId};
+use crate::record::Position;
 use crate::sink::{BatchStyle, Operation, Sink, SinkContext, Written};
 use crate::source::frontier::Frontier;
 use crate::source::{AsideRow, Entry, LogError, RowKey, Settlement, StoredPause, Subscription, lane_of};
@@ -90,8 +90,8 @@ pub(super) struct Actor {
     /// Beyond the stored cursor, ended under an earlier plan of this run.
     passed: HashSet<Position>,
     first_rows: HashMap<Box<str>, RowKey>,
-    batches: FuturesUnordered<BoxFuture<'static, BatchDone>>,
-    settles: FuturesUnordered<BoxFuture<'static, (Result<(), LogError>, Settled)>>,
+    pub(super) batches: FuturesUnordered<BoxFuture<'static, BatchDone>>,
+    pub(super) settles: FuturesUnordered<BoxFuture<'static, (Result<(), LogError>, Settled)>>,
     pub(super) loads: FuturesUnordered<BoxFuture<'static, (Box<str>, Result<Vec<AsideRow>, LogError>)>>,
     pub(super) also: Option<Arc<dyn Sink>>,
     incomplete_since: Option<Instant>,
@@ -105,7 +105,7 @@ pub(super) struct Actor {
     /// When what nobody announces was last looked at.
     ticked: Instant,
     /// A stop was asked for; what is left is sent until then.
-    draining: Option<Instant>,
+    pub(super) draining: Option<Instant>,
 }
 
 /// Runs the branch from its stored cursor until it is drained.
@@ -458,7 +458,7 @@ impl Actor {
         self.settles.push(async move { (settling.await, settled) }.boxed());
     }
 
-    fn settled(&mut self, settled: Settled) {
+    pub(super) fn settled(&mut self, settled: Settled) {
         for position in settled.ends {
             self.frontier.end(position);
         }
@@ -472,7 +472,7 @@ impl Actor {
         self.load_due();
     }
 
-    fn store_frontier(&mut self) {
+    pub(super) fn store_frontier(&mut self) {
         let frontier = self.frontier.position();
         if frontier > self.stored {
             self.stored = frontier;
@@ -520,67 +520,6 @@ impl Actor {
             }
         }
         self.look_at_blocked().await
-    }
-
-    async fn obey(&mut self, command: Command) -> Option<Arc<BranchPlan>> {
-        match command {
-            Command::Update(plan) => {
-                if self.pause.as_ref().is_some_and(|pause| pause.cause == "refused") {
-                    self.end_pause(true);
-                }
-                // Everything that is not under way starts again under the new plan, from the frontier.
-                while let Some(done) = self.batches.next().await {
-                    self.finished(done);
-                }
-                while let Some((result, settled)) = self.settles.next().await {
-                    if result.is_err() {
-                        break;
-                    }
-                    self.settled(settled);
-                }
-                self.store_frontier();
-                while self.settles.next().await.is_some() {}
-                return Some(plan);
-            }
-            Command::Pause(note) => self.begin_pause("operator", note),
-            Command::Resume => {
-                self.breaker.forgive();
-                self.end_pause(true);
-            }
-            Command::Skip(which, answer) => {
-                let skipped = self.skip(which).await;
-                let _ = answer.send(skipped);
-            }
-            Command::Drain(until) => self.draining = Some(until),
-        }
-        None
-    }
-
-    async fn skip(&mut self, which: Skip) -> Option<RecordId> {
-        let mut found: Option<(RowKey, bool)> = None;
-        self.lanes.each(|delivery| {
-            let lower = found.is_none_or(|(lowest, _)| delivery.row < lowest);
-            let wanted = match which {
-                Skip::Head => lower,
-                Skip::Record(id) => lower && delivery.event.record.id == id,
-            };
-            if wanted {
-                found = Some((delivery.row, delivery.shelved.is_some()));
-            }
-        });
-        let (row, shelved) = match (found, which) {
-            (Some(found), _) => found,
-            (None, Skip::Record(id)) => return self.skip_shelved(id).await,
-            (None, Skip::Head) => return None,
-        };
-        // The head itself may be under way: then another one must not be taken for it.
-        if which == Skip::Head && !shelved && self.frontier.first_open() != Some(row.position) {
-            return None;
-        }
-        let delivery = self.lanes.pull(row)?;
-        let id = delivery.event.record.id;
-        self.end_badly(delivery, crate::source::DeadReason::Skipped, "skipped by an operator".into());
-        Some(id)
     }
 }
 

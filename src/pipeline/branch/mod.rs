@@ -8,6 +8,7 @@ mod actor;
 mod aside;
 mod breaker;
 mod lanes;
+mod orders;
 mod outcome;
 mod pace;
 mod prepare;
