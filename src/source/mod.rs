@@ -3,7 +3,7 @@
 //! A [`Log`] makes writes durable and lets each branch read them in order. A [`Shelf`] keeps what waits (parked, set
 //! aside) and what ended badly (dead letters). What must happen together goes through one call of the pair: `admit`
 //! (record + idempotency key, appended or parked) and `settle` (ends + frontier). Both traits are handles on *one*
-//! namespace. One conformance suite for each runs against every kind.
+//! namespace.
 
 mod admission;
 pub mod embedded;
