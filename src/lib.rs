@@ -1,6 +1,8 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
 pub mod clock;
+
+pub mod telemetry;
 pub mod units;
 
 pub mod record;
@@ -27,3 +29,6 @@ pub mod console;
 pub mod service;
 
 pub mod cli;
+
+#[cfg(test)]
+mod testing;

@@ -54,7 +54,8 @@ impl fmt::Debug for Namespace {
 /// A record's identity: a UUIDv7 whose random bits carry the namespace's number, so that an id alone finds its log.
 ///
 /// Layout of the 128 bits: 48 time in ms, 4 version, 12 counter, 2 variant, 24 namespace number, 38 random.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, utoipa::ToSchema)]
+#[schema(value_type = String, format = "uuid")]
 pub struct RecordId(uuid::Uuid);
 
 impl RecordId {
@@ -120,7 +121,7 @@ impl Serialize for RecordId {
 }
 
 /// A record's place in its namespace's log; the first is 1, each next one is 1 more. 0 is before the first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, utoipa::ToSchema)]
 pub struct Position(pub u64);
 
 impl Position {

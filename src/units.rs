@@ -19,7 +19,8 @@ pub struct NotAQuantity {
 }
 
 /// A length of time: `250ms`, `5s`, `2m`, `24h`, `7d`, `1h30m`; a bare number is seconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, utoipa::ToSchema)]
+#[schema(value_type = String, example = "30s")]
 pub struct Span(pub Duration);
 
 /// A number of bytes: `512`, `64KiB`, `1MB`, `20GiB`.

@@ -1,12 +1,55 @@
 //! Where a write is: waiting for its time, in the log and what each branch made of it, cancelled.
 
 use http::StatusCode;
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{Answer, Instance, View, request};
-use crate::ingest::reply::{self, Problem};
-use crate::source::Found;
+use crate::clock::Timestamp;
+use crate::ingest::reply::{self, Problem, ProblemBody};
+use crate::record::{Position, RecordId};
+use crate::source::{BranchName, Fate, Found};
 
+/// Where a write is.
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Message {
+    message_id: RecordId,
+    namespace: String,
+    #[serde(flatten)]
+    place: Place,
+    /// The revision of the file in force.
+    revision: String,
+}
+
+/// The same, by state.
+#[derive(Serialize, ToSchema)]
+#[serde(tag = "state", rename_all = "snake_case", rename_all_fields = "camelCase")]
+enum Place {
+    /// Waits for its time.
+    Parked { written_at: Timestamp, deliver_at: Timestamp },
+    /// In the log; what each branch made of it.
+    InLog { written_at: Timestamp, position: Position, branches: Vec<BranchFate> },
+    /// Cancelled before it was due.
+    Cancelled,
+}
+
+/// What one branch made of it.
+#[derive(Serialize, ToSchema)]
+struct BranchFate {
+    branch: BranchName,
+    #[serde(flatten)]
+    fate: Fate,
+}
+
+/// Finds a write by its id
+#[utoipa::path(get, path = "/api/v1/wal/message/{id}", tag = "writes",
+    params(("id" = String, Path, description = "The `messageId` of its answer")),
+    responses(
+        (status = 200, description = "Where it is", body = Message),
+        (status = 400, description = "`malformed`: no id", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 404, description = "`no_message`: it never was accepted, or ended longer ago than is kept", body = ProblemBody, content_type = "application/problem+json"),
+    ))]
 pub(super) async fn find(instance: &dyn Instance, id: &str) -> Answer {
     let id = request::id(id)?;
     for view in instance.views() {
@@ -14,11 +57,7 @@ pub(super) async fn find(instance: &dyn Instance, id: &str) -> Answer {
             continue;
         }
         if let Some(found) = view.log.find(id).await? {
-            let mut body = json!({"messageId": id, "namespace": view.namespace.as_str()});
-            if let Some(map) = body.as_object_mut() {
-                describe(&view, found, map);
-            }
-            return Ok(reply::json(StatusCode::OK, &body));
+            return Ok(reply::json(StatusCode::OK, &message(id, &view, found)));
         }
     }
     Err(Problem::not_found(
@@ -27,30 +66,15 @@ pub(super) async fn find(instance: &dyn Instance, id: &str) -> Answer {
     ))
 }
 
-fn describe(view: &View, found: Found, body: &mut Map<String, Value>) {
-    let mut put = |name: &str, value: Value| body.insert(name.to_owned(), value);
-    match found {
-        Found::Parked { record, due_at } => {
-            put("state", json!("parked"));
-            put("writtenAt", json!(record.written_at));
-            put("deliverAt", json!(due_at));
-        }
-        Found::InLog { record, position, branches } => {
-            put("state", json!("in_log"));
-            put("writtenAt", json!(record.written_at));
-            put("position", json!(position));
-            let branches = branches.iter().map(|(name, fate)| {
-                let mut value = json!(fate);
-                if let Some(map) = value.as_object_mut() {
-                    map.insert("branch".to_owned(), json!(name));
-                }
-                value
-            });
-            put("branches", branches.collect());
-        }
-        Found::Cancelled => {
-            put("state", json!("cancelled"));
-        }
-    }
-    put("revision", json!(view.plan.revision));
+fn message(id: RecordId, view: &View, found: Found) -> Message {
+    let place = match found {
+        Found::Parked { record, due_at } => Place::Parked { written_at: record.written_at, deliver_at: due_at },
+        Found::InLog { record, position, branches } => Place::InLog {
+            written_at: record.written_at,
+            position,
+            branches: branches.into_iter().map(|(branch, fate)| BranchFate { branch, fate }).collect(),
+        },
+        Found::Cancelled => Place::Cancelled,
+    };
+    Message { message_id: id, namespace: view.namespace.to_string(), place, revision: view.plan.revision.to_string() }
 }

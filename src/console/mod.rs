@@ -3,33 +3,37 @@
 //! Takes requests that are no writes and an [`Instance`] to ask, gives answers. Never changes anything itself: every
 //! change is a call of the log, the shelf or a branch.
 
+mod branches;
 mod dead_letters;
 mod message;
 mod metrics;
 mod openapi;
 mod request;
+mod route;
 mod scheduled;
 mod status;
 
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use http::{Method, StatusCode};
-use serde_json::{Value, json};
-use tracing::info;
+use http::StatusCode;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 pub use openapi::openapi;
 pub use status::ConfigState;
 
-use crate::clock::Clock;
-use crate::ingest::reply::{self, Problem};
-use crate::ingest::{Asked, Keys};
-use crate::pipeline::branch::{BranchHandle, Skip};
+use crate::clock::{Clock, Timestamp};
+use crate::ingest::reply::{self, Problem, ProblemBody};
+use crate::ingest::{Asked, Keys, Received};
+use crate::pipeline::branch::BranchHandle;
 use crate::pipeline::plan::Plan;
 use crate::record::Namespace;
+use crate::source::embedded::Counters;
 use crate::source::{BranchName, Log, Shelf};
 use crate::spec::diagnostic::Diagnostic;
 use request::Query;
+use route::Operation;
 
 /// A namespace as it runs.
 pub struct View {
@@ -47,6 +51,8 @@ pub struct View {
     pub shelf: Arc<dyn Shelf>,
     /// Its branches, the removed ones that still drain included.
     pub branches: Vec<(BranchName, Arc<BranchHandle>)>,
+    /// What came in.
+    pub received: Arc<Received>,
 }
 
 /// A namespace that a file names and that does not run.
@@ -109,6 +115,12 @@ pub trait Instance: Send + Sync {
 
     /// Bytes of writes that are under way.
     fn bytes_in_flight(&self) -> u64;
+
+    /// When the pipeline files were last read and made so.
+    fn configured_at(&self) -> Timestamp;
+
+    /// What the embedded log counts.
+    fn log_counters(&self) -> &Counters;
 }
 
 /// Answers a request that is no write.
@@ -119,93 +131,67 @@ pub async fn answer(instance: Arc<dyn Instance>, asked: Asked) -> warp::reply::R
 type Answer = Result<warp::reply::Response, Problem>;
 
 async fn respond(instance: &dyn Instance, mut asked: Asked) -> Answer {
-    let path = std::mem::take(&mut asked.path);
-    let segments = request::segments(&path)?;
+    let segments = request::segments(&asked.path)?;
     let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
-    let get = asked.method == Method::GET || asked.method == Method::HEAD;
-    match segments.as_slice() {
-        ["livez"] if get => return Ok(reply::json(StatusCode::OK, &json!({"alive": true}))),
-        ["readyz"] if get => return Ok(status::ready(instance)),
-        _ => instance.keys().check(&asked.headers)?,
+    let found = route::find(&asked.method, &segments);
+    // Who has no key does not even hear which paths there are.
+    if !found.as_ref().is_ok_and(|(route, _)| route.open) {
+        instance.keys().check(&asked.headers)?;
     }
-    match segments.as_slice() {
-        ["metrics"] if get => metrics::answer(instance),
-        ["api", "openapi.json"] if get => {
-            Ok(reply::bytes(StatusCode::OK, "application/json", openapi::openapi().into_bytes()))
-        }
-        ["api", "docs", rest @ ..] if get => openapi::docs(rest),
-        ["api", "v1", "health"] if get => Ok(status::health(instance)),
-        ["api", "v1", "wal", "namespaces"] if get => Ok(status::namespaces(instance)),
-        ["api", "v1", "wal", "message", id] if get => message::find(instance, id).await,
-        ["api", "v1", "wal", "namespace", name] if asked.method == Method::DELETE => delete(instance, name).await,
-        ["api", "v1", "wal", "namespace", name, rest @ ..] if !rest.is_empty() => match (instance.view(name), rest) {
-            (Some(view), rest) => of_namespace(instance, &view, rest, asked).await,
-            (None, ["status"]) if get => status::absent(instance, name),
-            (None, _) => Err(unknown(name)),
-        },
-        _ => Err(no_route(&asked.method, &path)),
-    }
-}
-
-async fn of_namespace(instance: &dyn Instance, view: &View, rest: &[&str], mut asked: Asked) -> Answer {
-    let query = Query::new(&asked.query)?;
-    let method = asked.method.clone();
-    match (method.as_str(), rest) {
-        ("GET" | "HEAD", ["status"]) => Ok(reply::json(StatusCode::OK, &status::of(instance, view))),
-        ("GET" | "HEAD", ["branches"]) => Ok(reply::json(StatusCode::OK, &status::branches(instance, view))),
-        ("POST", ["branches", branch, verb]) => {
-            let body = request::body(&mut asked).await?;
-            order(view, branch, verb, &body).await
-        }
-        ("GET" | "HEAD", ["dead-letters"]) => dead_letters::list(view, &query).await,
-        ("POST", ["dead-letters", verb]) => {
-            let body = request::body(&mut asked).await?;
-            dead_letters::order(view, verb, body).await
-        }
-        ("GET" | "HEAD", ["scheduled"]) => scheduled::list(view, &query).await,
-        ("DELETE", ["scheduled"]) => scheduled::cancel(view, &query).await,
-        ("POST", ["scheduled", "move"]) => {
-            let body = request::body(&mut asked).await?;
-            scheduled::reschedule(view, body).await
-        }
-        _ => Err(no_route(&method, &rest.join("/"))),
-    }
-}
-
-async fn order(view: &View, branch: &str, verb: &str, body: &Value) -> Answer {
-    let found = view.branches.iter().find(|(name, _)| name.as_str() == branch);
-    let Some((name, handle)) = found else {
-        let names: Vec<&str> = view.branches.iter().map(|(name, _)| name.as_str()).collect();
-        let detail = format!("`{}` has no branch `{branch}`; it has {}", view.namespace, names.join(", "));
-        return Err(Problem::not_found("no_branch", detail));
+    let (route, variables) = found?;
+    let view = || {
+        let name = variables.first().copied().unwrap_or_default();
+        instance.view(name).ok_or_else(|| unknown(name))
     };
-    let mut skipped = Value::Null;
-    match verb {
-        "pause" => {
-            let note = body.get("note").and_then(Value::as_str).unwrap_or("paused by an operator");
-            handle.pause(note.to_owned()).await;
-        }
-        "resume" => handle.resume().await,
-        "skip" => {
-            let which = match body.get("id").and_then(Value::as_str) {
-                None => Skip::Head,
-                Some(id) => Skip::Record(request::id(id)?),
-            };
-            let Some(id) = handle.skip(which).await else {
-                let detail = "no such delivery waits in this branch, or it is under way; try again";
-                return Err(Problem::new(StatusCode::CONFLICT, "nothing_to_skip", detail));
-            };
-            skipped = json!(id);
-        }
-        _ => return Err(no_route(&Method::POST, verb)),
+    let (first, second) =
+        (variables.first().copied().unwrap_or_default(), variables.get(1).copied().unwrap_or_default());
+    let query = Query::new(&asked.query)?;
+    match route.operation {
+        Operation::Livez => Ok(status::live()),
+        Operation::Readyz => Ok(status::ready(instance)),
+        Operation::Contract => Ok(openapi::contract()),
+        Operation::Docs => openapi::docs(&variables),
+        Operation::Metrics => metrics::answer(instance),
+        Operation::Health => Ok(status::health(instance)),
+        Operation::Namespaces => Ok(status::namespaces(instance)),
+        Operation::Message => message::find(instance, first).await,
+        Operation::Delete => delete(instance, first).await,
+        Operation::Status => match instance.view(first) {
+            Some(view) => status::of(instance, &view).await,
+            None => status::absent(instance, first),
+        },
+        Operation::Branches => Ok(status::branches(instance, &view()?)),
+        Operation::Pause => branches::pause(&view()?, second, request::body(&mut asked).await?).await,
+        Operation::Resume => branches::resume(&view()?, second).await,
+        Operation::Skip => branches::skip(&view()?, second, request::body(&mut asked).await?).await,
+        Operation::DeadLetters => dead_letters::list(&view()?, &query).await,
+        Operation::Replay => dead_letters::replay(&view()?, request::body(&mut asked).await?).await,
+        Operation::Purge => dead_letters::purge(&view()?, request::body(&mut asked).await?).await,
+        Operation::Scheduled => scheduled::list(&view()?, &query).await,
+        Operation::Cancel => scheduled::cancel(&view()?, &query).await,
+        Operation::CancelOne => scheduled::cancel_one(&view()?, second).await,
+        Operation::Move => scheduled::reschedule(&view()?, request::body(&mut asked).await?).await,
     }
-    info!(ns = %view.namespace, branch = %name, verb, "an operator's order");
-    Ok(reply::json(StatusCode::OK, &json!({"branch": name, "done": verb, "messageId": skipped})))
 }
 
+/// A namespace that is gone.
+#[derive(Serialize, ToSchema)]
+struct Deleted<'a> {
+    namespace: &'a str,
+    deleted: bool,
+}
+
+/// Deletes a namespace with all that it holds, once its file is gone
+#[utoipa::path(delete, path = "/api/v1/wal/namespace/{ns}", tag = "namespaces",
+    params(("ns" = String, Path, description = "The namespace")),
+    responses(
+        (status = 200, description = "It is gone", body = Deleted),
+        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "`in_use`: its file is still there", body = ProblemBody, content_type = "application/problem+json"),
+    ))]
 async fn delete(instance: &dyn Instance, name: &str) -> Answer {
     match instance.delete(name.to_owned()).await {
-        Ok(()) => Ok(reply::json(StatusCode::OK, &json!({"namespace": name, "deleted": true}))),
+        Ok(()) => Ok(reply::json(StatusCode::OK, &Deleted { namespace: name, deleted: true })),
         Err(DeleteError::Unknown(_)) => Err(unknown(name)),
         Err(error @ DeleteError::InUse(_)) => Err(Problem::new(StatusCode::CONFLICT, "in_use", error.to_string())),
         Err(DeleteError::Log(error)) => Err(error.into()),
@@ -215,9 +201,4 @@ async fn delete(instance: &dyn Instance, name: &str) -> Answer {
 fn unknown(name: &str) -> Problem {
     let shown: String = name.chars().take(63).collect();
     Problem::not_found("no_namespace", format!("there is no namespace `{shown}`"))
-}
-
-fn no_route(method: &Method, path: &str) -> Problem {
-    let shown: String = path.chars().take(100).collect();
-    Problem::not_found("no_route", format!("nothing answers {method} {shown}; /api/docs lists every route"))
 }

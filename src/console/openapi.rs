@@ -1,32 +1,76 @@
 //! The contract of the HTTP interface, as OpenAPI 3.1, and a page that shows it.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use http::StatusCode;
 use utoipa::OpenApi as _;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, Http, HttpAuthScheme, SecurityScheme};
 
-use super::Answer;
+use super::{Answer, branches, dead_letters, message, metrics, scheduled, status};
+use crate::ingest;
 use crate::ingest::reply::{self, Problem};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
     info(
         title = "walflow",
-        description = "One HTTP call makes a write durable; a YAML file per namespace says what happens then."
+        description = "One HTTP call makes a write durable; a YAML file per namespace says what happens then.\n\nEvery refusal is a problem body after RFC 9457 with a stable `code`; on writes it also says whether the write may be in the log all the same."
     ),
-    components(schemas(
-        crate::ingest::reply::Durable,
-        crate::record::TargetKind,
-        crate::source::DeadReason,
-        crate::source::Replayed,
-    ))
+    paths(
+        status::live,
+        status::ready,
+        status::health,
+        metrics::answer,
+        contract,
+        status::namespaces,
+        status::of,
+        super::delete,
+        message::find,
+        scheduled::list,
+        scheduled::cancel,
+        scheduled::cancel_one,
+        scheduled::reschedule,
+        dead_letters::list,
+        dead_letters::replay,
+        dead_letters::purge,
+        status::branches,
+        branches::pause,
+        branches::resume,
+        branches::skip,
+    ),
+    modifiers(&Keys),
+    security(("X-API-Key" = []), ("Bearer" = []))
 )]
 struct Contract;
 
+/// The two ways to hand in a key.
+struct Keys;
+
+impl utoipa::Modify for Keys {
+    fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
+        let components = openapi.components.get_or_insert_default();
+        let header = ApiKeyValue::with_description("X-API-Key", "Needed where the instance has keys");
+        components.add_security_scheme("X-API-Key", SecurityScheme::ApiKey(ApiKey::Header(header)));
+        components.add_security_scheme("Bearer", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
+    }
+}
+
 /// The description as JSON.
 pub fn openapi() -> String {
+    let mut all = ingest::Contract::openapi();
+    let mut own = Contract::openapi();
+    all.info = std::mem::take(&mut own.info);
+    all.merge(own);
     // The types are plain data, which always has a JSON form.
-    Contract::openapi().to_pretty_json().unwrap_or_default()
+    all.to_pretty_json().unwrap_or_default() + "\n"
+}
+
+/// Describes this interface
+#[utoipa::path(get, path = "/api/openapi.json", tag = "health", security(()),
+    responses((status = 200, description = "OpenAPI 3.1", body = Object)))]
+pub(super) fn contract() -> warp::reply::Response {
+    static TEXT: LazyLock<String> = LazyLock::new(openapi);
+    reply::bytes(StatusCode::OK, "application/json", TEXT.clone().into_bytes())
 }
 
 /// The page and its files; nothing comes from the network.
@@ -55,4 +99,58 @@ pub(super) fn docs(rest: &[&str]) -> Answer {
 
 fn missing() -> Problem {
     Problem::not_found("no_route", "there is no such page")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
+    use super::super::route::ROUTES;
+    use super::*;
+
+    fn described() -> BTreeSet<(String, String, bool)> {
+        let all: Value = serde_json::from_str(&openapi()).unwrap();
+        let mut described = BTreeSet::new();
+        for (path, methods) in all["paths"].as_object().unwrap() {
+            for (method, operation) in methods.as_object().unwrap() {
+                let open = operation["security"] == serde_json::json!([{}]);
+                described.insert((method.to_uppercase(), path.clone(), open));
+            }
+        }
+        described
+    }
+
+    #[test]
+    fn the_contract_has_exactly_the_routes_that_are_answered() {
+        let own = ROUTES.iter().filter(|route| !route.path.contains("{*"));
+        let own = own.map(|route| (route.method.to_string(), route.path.to_owned(), route.open));
+        let writes = ingest::WRITES.iter().map(|path| ("POST".to_owned(), (*path).to_owned(), false));
+        assert_eq!(described(), own.chain(writes).collect());
+    }
+
+    #[test]
+    fn the_contract_that_is_checked_in_is_that_of_the_code() {
+        crate::testing::checked_in("schemas/openapi.json", &openapi());
+    }
+
+    #[test]
+    fn every_reference_of_the_contract_leads_somewhere() {
+        let all: Value = serde_json::from_str(&openapi()).unwrap();
+        assert_eq!(all["openapi"].as_str().unwrap().split('.').take(2).collect::<Vec<_>>(), ["3", "1"]);
+        let mut left = vec![&all];
+        while let Some(value) = left.pop() {
+            match value {
+                Value::Object(map) => {
+                    if let Some(to) = map.get("$ref").and_then(Value::as_str) {
+                        assert!(all.pointer(to.trim_start_matches('#')).is_some(), "{to} leads nowhere");
+                    }
+                    left.extend(map.values());
+                }
+                Value::Array(items) => left.extend(items),
+                _ => {}
+            }
+        }
+    }
 }

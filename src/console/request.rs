@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use http::StatusCode;
-use serde_json::Value;
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
 
 use crate::clock::Timestamp;
 use crate::ingest::reply::Problem;
@@ -74,18 +74,13 @@ pub(super) fn id(text: &str) -> Result<RecordId, Problem> {
 }
 
 /// The body of an order; none at all is an empty one.
-pub(super) async fn body(asked: &mut Asked) -> Result<Value, Problem> {
+pub(super) async fn body<T: DeserializeOwned>(asked: &mut Asked) -> Result<T, Problem> {
     let bytes = read_all(&asked.headers, &mut asked.body, LARGEST_BODY).await?;
-    if bytes.is_empty() {
-        return Ok(Value::Object(serde_json::Map::new()));
+    let bytes = if bytes.is_empty() { Bytes::from_static(b"{}") } else { bytes };
+    if !bytes.trim_ascii_start().starts_with(b"{") {
+        return Err(Problem::malformed("the body is a JSON object"));
     }
-    let value: Value =
-        serde_json::from_slice(&bytes).map_err(|error| Problem::malformed(format!("the body is not JSON: {error}")))?;
-    if value.is_object() {
-        Ok(value)
-    } else {
-        Err(Problem::new(StatusCode::BAD_REQUEST, "malformed", "the body is a JSON object"))
-    }
+    serde_json::from_slice(&bytes).map_err(|error| Problem::malformed(format!("the body: {error}")))
 }
 
 #[cfg(test)]

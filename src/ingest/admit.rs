@@ -24,6 +24,28 @@ struct Bucket {
     at: Instant,
 }
 
+/// What came in since the start.
+#[derive(Debug, Default)]
+pub struct Received {
+    /// Writes that became durable, repetitions by idempotency key included.
+    pub accepted: AtomicU64,
+    /// Bytes of their requests.
+    pub accepted_bytes: AtomicU64,
+    /// Writes that were refused.
+    pub refused: AtomicU64,
+}
+
+impl Received {
+    pub(super) fn accept(&self, writes: usize, bytes: usize) {
+        self.accepted.fetch_add(writes as u64, Ordering::Relaxed);
+        self.accepted_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn refuse(&self, writes: usize) {
+        self.refused.fetch_add(writes as u64, Ordering::Relaxed);
+    }
+}
+
 /// Bytes that are under way; given back when it is dropped.
 #[derive(Debug)]
 pub struct Held {

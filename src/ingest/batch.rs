@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, StatusCode};
-use serde_json::Value;
+use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use warp::reply::Reply as _;
 
-use super::reply::Problem;
-use super::write::{LARGEST_BODY, answer, is_json};
+use super::decode::Envelope;
+use super::reply::{Problem, ProblemBody};
+use super::write::{Accepted, LARGEST_BODY, answer, is_json};
 use super::{Directory, Incoming, Inlet, decode};
 use crate::source::Write;
 
@@ -24,6 +25,21 @@ const MOST_BYTES: usize = 2 << 20;
 
 type Answers = mpsc::Sender<Result<Bytes, std::convert::Infallible>>;
 
+/// Makes many writes durable
+///
+/// NDJSON: one write a line, one result a line, in order, while the body is still coming in. After the first line that is
+/// not `succeeded` the lines that were not yet handed over are `failed`, so that repeating from there reorders nothing.
+#[utoipa::path(
+    post,
+    path = "/api/v1/wal/write/batch",
+    tag = "writes",
+    request_body(content = Envelope, content_type = "application/x-ndjson", description = "One write a line"),
+    responses(
+        (status = 200, description = "One result a line: what a single write would have been answered", body = Accepted, content_type = "application/x-ndjson"),
+        (status = 401, description = "`unauthorized`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 415, description = "`content_type`: the body is not NDJSON", body = ProblemBody, content_type = "application/problem+json"),
+    )
+)]
 pub(super) fn batch(directory: Arc<dyn Directory>, headers: HeaderMap, body: Incoming) -> warp::reply::Response {
     let fine = directory.keys().check(&headers).and_then(|()| {
         is_json(&headers, &["application/x-ndjson", "application/ndjson", "application/jsonl", "application/json"])
@@ -104,8 +120,9 @@ impl Run {
         }
         let decoded = decode::envelope(&line).and_then(|envelope| {
             let inlet = self.directory.inlet(&envelope.namespace)?;
-            inlet.budget.count(1)?;
-            Ok((envelope.write(&inlet, &line, None)?, inlet))
+            let write = inlet.budget.count(1).and_then(|()| envelope.write(&inlet, &line, None));
+            let write = write.inspect_err(|_| inlet.received.refuse(1))?;
+            Ok((write, inlet))
         });
         match decoded {
             Ok((write, inlet)) => {
@@ -147,16 +164,20 @@ impl Run {
         let mut lines = Vec::with_capacity(count * 160);
         match admitted {
             Ok(admitted) => {
+                inlet.received.accept(count, group.bytes);
                 for one in &admitted {
                     // The group was taken as a whole: a key that was used before changes nothing for the others.
-                    let body = answer(one).unwrap_or_else(|problem| problem.failed().body());
-                    put(&mut lines, &body);
+                    match answer(one) {
+                        Ok(body) => put(&mut lines, &body),
+                        Err(problem) => put(&mut lines, &problem.failed().body()),
+                    }
                 }
             }
             Err(problem) => {
                 self.stopped = true;
-                let body = problem.failed().body();
-                (0..count).for_each(|_| put(&mut lines, &body));
+                inlet.received.refuse(count);
+                let problem = problem.failed();
+                (0..count).for_each(|_| put(&mut lines, &problem.body()));
             }
         }
         self.answers.send(Ok(lines.into())).await.map_err(|_| Gone)
@@ -173,7 +194,7 @@ fn earlier() -> Problem {
     Problem::new(StatusCode::FAILED_DEPENDENCY, "earlier_line", "an earlier line was not accepted; repeat from there")
 }
 
-fn put(lines: &mut Vec<u8>, body: &Value) {
+fn put(lines: &mut Vec<u8>, body: &impl Serialize) {
     // A value always has a JSON form.
     let _ = serde_json::to_writer(&mut *lines, body);
     lines.push(b'\n');

@@ -32,28 +32,48 @@ const LONGEST_IDEMPOTENCY_KEY: usize = 255;
 const MOST_METADATA: usize = 16 << 10;
 
 /// A write as clients send it.
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::ToSchema)]
+#[schema(as = Write)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct Envelope<'a> {
+    /// Where it goes.
     #[serde(borrow)]
+    #[schema(value_type = String, example = "user-cache-replication")]
     pub(super) namespace: Cow<'a, str>,
+    /// Any JSON; delivered as these bytes where no script changes it. This or `payloadBase64`.
     #[serde(borrow, default, deserialize_with = "raw")]
+    #[schema(value_type = Option<Value>)]
     payload: Option<&'a RawValue>,
+    /// Anything that is not JSON.
     #[serde(borrow, default)]
+    #[schema(value_type = Option<String>)]
     payload_base64: Option<Cow<'a, str>>,
+    /// Records of one key stay in order; at most 1,024 bytes.
     #[serde(borrow, default)]
+    #[schema(value_type = Option<String>)]
     key: Option<Cow<'a, str>>,
+    /// A repetition with the same key is not written twice; the header wins.
     #[serde(borrow, default)]
+    #[schema(value_type = Option<String>)]
     idempotency_key: Option<Cow<'a, str>>,
+    /// When it is due.
     #[serde(borrow, default)]
+    #[schema(value_type = Option<Lifecycle>)]
     lifecycle: Option<&'a RawValue>,
+    /// Which of the file's sinks and regions get it.
     #[serde(borrow, default)]
+    #[schema(value_type = Option<Wish>)]
     target: Option<&'a RawValue>,
+    /// Becomes the record's headers.
     #[serde(default)]
+    #[schema(value_type = Object)]
     metadata: serde_json::Map<String, Value>,
+    /// Stored and shown; changes no order.
     #[serde(default)]
     priority: Option<i64>,
+    /// Stored and shown.
     #[serde(default)]
+    #[schema(value_type = Vec<String>)]
     tags: Vec<Box<str>>,
 }
 
@@ -62,26 +82,36 @@ fn raw<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValu
     <&RawValue>::deserialize(deserializer).map(Some)
 }
 
-#[derive(Default, Deserialize)]
+/// When a write is due: `deliverAt`, or else `delay`, or else what the file says; `jitter` comes on top.
+#[derive(Default, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
-struct Lifecycle {
+pub(super) struct Lifecycle {
+    /// From now on.
     delay: Option<Span>,
+    /// At most so much later.
     jitter: Option<Span>,
+    /// At this time; past is now.
     deliver_at: Option<Timestamp>,
 }
 
-#[derive(Deserialize)]
+/// Which of the file's targets get a write; it never brings an address of its own.
+#[derive(Deserialize, utoipa::ToSchema)]
+#[schema(as = Target)]
 #[serde(deny_unknown_fields)]
-struct Wish {
+pub(super) struct Wish {
+    /// Only sinks of this sort.
     #[serde(rename = "type", default)]
     kind: Option<TargetKind>,
+    /// Only these.
     #[serde(default)]
     config: WishConfig,
 }
 
-#[derive(Default, Deserialize)]
+/// Names from the file; none = all.
+#[derive(Default, Deserialize, utoipa::ToSchema)]
+#[schema(as = TargetConfig)]
 #[serde(deny_unknown_fields, default)]
-struct WishConfig {
+pub(super) struct WishConfig {
     regions: Vec<String>,
     sinks: Vec<String>,
 }

@@ -15,10 +15,10 @@ mod write;
 
 use std::sync::Arc;
 
-pub use admit::Budget;
+pub use admit::{Budget, Received};
 pub use auth::Keys;
 pub use body::{Incoming, read_all};
-pub use routes::{Asked, BoxedRoutes, routes};
+pub use routes::{Asked, BoxedRoutes, WRITES, routes};
 pub use serve::{Limits, serve};
 
 use crate::clock::Clock;
@@ -27,6 +27,11 @@ use crate::record::{Namespace, TargetKind};
 use crate::source::Log;
 use crate::transform::PayloadSchema;
 use reply::Problem;
+
+/// The routes for writes, as OpenAPI.
+#[derive(utoipa::OpenApi)]
+#[openapi(paths(write::write, batch::batch))]
+pub struct Contract;
 
 /// The way into one namespace, as its file in force has it.
 pub struct Inlet {
@@ -46,6 +51,8 @@ pub struct Inlet {
     pub record_bytes: u64,
     /// Bytes that are not durable yet, and writes a second.
     pub budget: Arc<Budget>,
+    /// What came in.
+    pub received: Arc<Received>,
     /// The region that this instance is in.
     pub origin: Option<Arc<str>>,
     /// Every branch, as `target` may choose it.

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::header::{ALLOW, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use http::{Response, StatusCode};
 use serde::Serialize;
-use serde_json::{Map, Value, json};
 use warp::reply::Reply as _;
 
 use crate::delay::DelayFault;
@@ -35,16 +34,42 @@ pub struct Problem {
     pub detail: String,
     /// When to try again.
     pub retry_after: Option<Duration>,
+    /// The methods that the path has.
+    pub allow: Option<String>,
     /// On writes.
     pub durable: Option<Durable>,
     /// Each fault of a payload.
-    pub errors: Vec<Value>,
+    pub errors: Vec<SchemaFault>,
+}
+
+/// A refusal as RFC 9457 wants it.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[schema(as = Problem)]
+pub struct ProblemBody<'a> {
+    /// The code as a URN.
+    #[serde(rename = "type")]
+    kind: String,
+    /// The status in words.
+    title: &'a str,
+    /// The status.
+    status: u16,
+    /// A stable code for programs.
+    code: &'a str,
+    /// What failed and what to do.
+    detail: &'a str,
+    /// On writes: whether the write may be in the log all the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    durable: Option<Durable>,
+    /// Each fault of a payload that does not match its schema.
+    #[serde(skip_serializing_if = "<[SchemaFault]>::is_empty")]
+    #[schema(value_type = Vec<SchemaFault>)]
+    errors: &'a [SchemaFault],
 }
 
 impl Problem {
     /// A refusal.
     pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
-        Self { status, code, detail: detail.into(), retry_after: None, durable: None, errors: Vec::new() }
+        Self { status, code, detail: detail.into(), retry_after: None, allow: None, durable: None, errors: Vec::new() }
     }
 
     /// 400: the request is malformed.
@@ -75,10 +100,8 @@ impl Problem {
 
     /// 422: the payload does not match the namespace's schema.
     pub fn schema(path: &str, faults: Vec<SchemaFault>) -> Self {
-        let errors =
-            faults.into_iter().map(|fault| json!({"pointer": fault.pointer, "message": fault.message})).collect();
         let detail = format!("the payload does not match {path}");
-        Self { errors, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, "schema", detail) }
+        Self { errors: faults, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, "schema", detail) }
     }
 
     /// The same, of a write that is not in the log.
@@ -89,25 +112,26 @@ impl Problem {
     }
 
     /// As JSON.
-    pub fn body(&self) -> Value {
-        let mut body = Map::new();
-        body.insert("type".to_owned(), json!(format!("urn:walflow:problem:{}", self.code)));
-        body.insert("title".to_owned(), json!(self.status.canonical_reason().unwrap_or("refused")));
-        body.insert("status".to_owned(), json!(self.status.as_u16()));
-        body.insert("code".to_owned(), json!(self.code));
-        body.insert("detail".to_owned(), json!(self.detail));
-        if let Some(durable) = self.durable {
-            body.insert("durable".to_owned(), json!(durable));
+    pub fn body(&self) -> ProblemBody<'_> {
+        ProblemBody {
+            kind: format!("urn:walflow:problem:{}", self.code),
+            title: self.status.canonical_reason().unwrap_or("refused"),
+            status: self.status.as_u16(),
+            code: self.code,
+            detail: &self.detail,
+            durable: self.durable,
+            errors: &self.errors,
         }
-        if !self.errors.is_empty() {
-            body.insert("errors".to_owned(), json!(self.errors));
-        }
-        Value::Object(body)
     }
 
     /// As an answer.
     pub fn into_response(self) -> warp::reply::Response {
-        let mut response = bytes(self.status, "application/problem+json", self.body().to_string().into_bytes());
+        // Texts and numbers always have a JSON form.
+        let body = serde_json::to_vec(&self.body()).unwrap_or_default();
+        let mut response = bytes(self.status, "application/problem+json", body);
+        if let Some(allow) = self.allow.as_deref().and_then(|methods| HeaderValue::from_str(methods).ok()) {
+            response.headers_mut().insert(ALLOW, allow);
+        }
         if let Some(after) = self.retry_after {
             let seconds = after.as_secs_f64().ceil().max(1.0);
             if let Ok(value) = HeaderValue::from_str(&format!("{seconds:.0}")) {

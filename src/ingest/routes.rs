@@ -12,6 +12,9 @@ use super::{Directory, Incoming, batch, write};
 /// All routes as one filter.
 pub type BoxedRoutes = BoxedFilter<(warp::reply::Response,)>;
 
+/// The paths for writes, all by POST.
+pub const WRITES: [&str; 2] = ["/api/v1/wal/write", "/api/v1/wal/write/batch"];
+
 /// A request that is no write.
 pub struct Asked {
     /// Its method.

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
 
-use super::reply::{self, Durable, Problem};
-use super::{Directory, Incoming, decode, read_all};
+use super::decode::Envelope;
+use super::reply::{self, Durable, Problem, ProblemBody};
+use super::{Directory, Incoming, Inlet, decode, read_all};
 use crate::clock::Timestamp;
 use crate::record::RecordId;
 use crate::source::Admitted;
@@ -15,6 +16,33 @@ use crate::source::Admitted;
 /// The largest body: the largest payload in base64, and room for the rest.
 pub(super) const LARGEST_BODY: u64 = (16 << 20) / 3 * 4 + (64 << 10);
 
+/// Makes one write durable
+///
+/// Answers when the write is durable, and not before. A repetition with the same idempotency key and the same content
+/// gives the first answer again.
+#[utoipa::path(
+    post,
+    path = "/api/v1/wal/write",
+    tag = "writes",
+    params(("Idempotency-Key" = Option<String>, Header, description = "At most 255 bytes; the field of the body when it is missing")),
+    request_body = Envelope,
+    responses(
+        (status = 202, description = "Durable now", body = Accepted),
+        (status = 400, description = "`malformed`: cannot be read", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 401, description = "`unauthorized`: no key, or a wrong one", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 408, description = "`slow_body`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "`key_running`: the first write with this idempotency key is still under way", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 413, description = "`too_large`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 415, description = "`content_type`: the body is not JSON", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 422, description = "`schema`, `delay`, `target`, `key` or `key_reused`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 429, description = "`in_flight` or `rate`; see Retry-After", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 501, description = "`unsupported`: the namespace's source cannot do this", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, description = "`stopping`, `busy`, `backlog_full`, `broken` or `closed`; see Retry-After", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 504, description = "`unknown`: nobody can say whether it is durable; repeat it with the same idempotency key", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 507, description = "`disk_full`", body = ProblemBody, content_type = "application/problem+json"),
+    )
+)]
 pub(super) async fn write(
     directory: Arc<dyn Directory>,
     headers: HeaderMap,
@@ -40,13 +68,23 @@ async fn try_write(directory: &dyn Directory, headers: &HeaderMap, body: &mut In
 async fn one(directory: &dyn Directory, headers: &HeaderMap, body: Bytes) -> Result<Admitted, Problem> {
     let envelope = decode::envelope(&body)?;
     let inlet = directory.inlet(&envelope.namespace)?;
+    let bytes = body.len();
+    let admitted = admit(&inlet, envelope, headers, &body).await;
+    match &admitted {
+        Ok(_) => inlet.received.accept(1, bytes),
+        Err(_) => inlet.received.refuse(1),
+    }
+    admitted
+}
+
+async fn admit(inlet: &Inlet, envelope: Envelope<'_>, headers: &HeaderMap, body: &Bytes) -> Result<Admitted, Problem> {
     let _held = inlet.budget.take(body.len() as u64)?;
     inlet.budget.count(1)?;
     let key = match headers.get("idempotency-key") {
         Some(value) => Some(value.to_str().map_err(|_| Problem::malformed("the Idempotency-Key is not plain text"))?),
         None => None,
     };
-    let write = envelope.write(&inlet, &body, key)?;
+    let write = envelope.write(inlet, body, key)?;
     let admitted = inlet.log.admit(vec![write]).await?;
     admitted.into_iter().next().ok_or_else(|| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "no answer"))
 }
@@ -62,12 +100,34 @@ pub(super) fn is_json(headers: &HeaderMap, kinds: &[&str]) -> Result<(), Problem
     Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_type", detail))
 }
 
+/// A write that is durable.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Accepted {
+    durable: Durable,
+    /// The record's id, by which it is found again.
+    message_id: RecordId,
+    message: &'static str,
+    /// When it was written.
+    timestamp: Timestamp,
+    /// When it is due, if it waits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deliver_at: Option<Timestamp>,
+}
+
 /// The body of a 202, or the refusal.
-pub(super) fn answer(admitted: &Admitted) -> Result<Value, Problem> {
+pub(super) fn answer(admitted: &Admitted) -> Result<Accepted, Problem> {
+    let accepted = |id: &RecordId, written_at: &Timestamp, deliver_at: Option<Timestamp>| Accepted {
+        durable: Durable::Succeeded,
+        message_id: *id,
+        message: if deliver_at.is_some() { "durable, delivered when it is due" } else { "durable" },
+        timestamp: *written_at,
+        deliver_at,
+    };
     match admitted {
-        Admitted::Appended { id, written_at, .. } => Ok(accepted(*id, *written_at, None)),
-        Admitted::Parked { id, written_at, due_at } => Ok(accepted(*id, *written_at, Some(*due_at))),
-        Admitted::Repeated { id, written_at, due_at } => Ok(accepted(*id, *written_at, *due_at)),
+        Admitted::Appended { id, written_at, .. } => Ok(accepted(id, written_at, None)),
+        Admitted::Parked { id, written_at, due_at } => Ok(accepted(id, written_at, Some(*due_at))),
+        Admitted::Repeated { id, written_at, due_at } => Ok(accepted(id, written_at, *due_at)),
         Admitted::KeyReused => {
             let detail = "this idempotency key was used for another write";
             Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "key_reused", detail).failed())
@@ -78,17 +138,4 @@ pub(super) fn answer(admitted: &Admitted) -> Result<Value, Problem> {
             Err(Problem { durable: Some(Durable::Unknown), ..problem })
         }
     }
-}
-
-fn accepted(id: RecordId, written_at: Timestamp, due_at: Option<Timestamp>) -> Value {
-    let mut body = Map::new();
-    body.insert("durable".to_owned(), json!(Durable::Succeeded));
-    body.insert("messageId".to_owned(), json!(id));
-    let message = if due_at.is_some() { "durable, delivered when it is due" } else { "durable" };
-    body.insert("message".to_owned(), json!(message));
-    body.insert("timestamp".to_owned(), json!(written_at));
-    if let Some(due_at) = due_at {
-        body.insert("deliverAt".to_owned(), json!(due_at));
-    }
-    Value::Object(body)
 }

@@ -9,11 +9,12 @@ use secrecy::SecretString;
 
 use super::pipeline::{Config, Pipeline};
 use super::pipelines::{Absent, Pipelines};
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::console::{self, ConfigState, DeleteError, Instance, Readiness, View};
 use crate::ingest::reply::Problem;
 use crate::ingest::{Budget, Directory, Inlet, Keys};
 use crate::record::Namespace;
+use crate::source::embedded::Counters;
 
 /// Bytes of writes under way, over all namespaces.
 const MOST_BYTES: u64 = 256 << 20;
@@ -83,6 +84,7 @@ fn view(pipeline: &Pipeline) -> View {
         log: Arc::clone(&pipeline.log),
         shelf: Arc::clone(&pipeline.shelf),
         branches: pipeline.branches(),
+        received: Arc::clone(&pipeline.inlet().received),
     }
 }
 
@@ -133,5 +135,13 @@ impl Instance for Front {
 
     fn bytes_in_flight(&self) -> u64 {
         self.budget.held()
+    }
+
+    fn configured_at(&self) -> Timestamp {
+        self.pipelines.applied_at()
+    }
+
+    fn log_counters(&self) -> &Counters {
+        self.pipelines.logs.counters()
     }
 }

@@ -13,7 +13,7 @@ use super::ServiceError;
 use crate::clock::Clock;
 use crate::pipeline::plan::{Plan, SourceKind};
 use crate::record::Namespace;
-use crate::source::embedded::{Embedded, NamespaceSettings, OpenError, Options};
+use crate::source::embedded::{Counters, Embedded, NamespaceSettings, OpenError, Options};
 use crate::source::memory::Memory;
 use crate::source::{Log, LogError, Shelf};
 use crate::spec::OnFull;
@@ -91,6 +91,11 @@ impl Logs {
         }
         facts.extend(health.damaged.iter().map(|damage| format!("damaged: {damage}")));
         facts
+    }
+
+    /// What the embedded log counts.
+    pub(super) fn counters(&self) -> &Counters {
+        self.embedded.counters()
     }
 
     /// Waits until the log has failed for good; gives why.

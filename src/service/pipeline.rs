@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use super::logs::Opened;
 use crate::clock::Clock;
-use crate::ingest::{Budget, Inlet, Outlet};
+use crate::ingest::{Budget, Inlet, Outlet, Received};
 use crate::pipeline::branch::{BranchDeps, BranchHandle, OpenSink};
 use crate::pipeline::plan::{BranchPlan, Plan};
 use crate::pipeline::revisions::Revisions;
@@ -69,7 +69,7 @@ impl Pipeline {
         for (number, plan) in earlier {
             revisions.publish(number, plan);
         }
-        let inlet = inlet(&plan, &opened.log, &clock, None);
+        let inlet = inlet(&plan, &opened.log, &clock, Arc::default(), None);
         let pipeline = Self {
             namespace,
             log: opened.log,
@@ -95,8 +95,9 @@ impl Pipeline {
             state.plan = Arc::clone(&plan);
             state.config = config;
         }
-        let budget = Arc::clone(&self.inlet.load().budget);
-        self.inlet.store(Arc::new(inlet(&plan, &self.log, &self.clock, Some(budget))));
+        let now = self.inlet.load_full();
+        let (received, budget) = (Arc::clone(&now.received), Arc::clone(&now.budget));
+        self.inlet.store(Arc::new(inlet(&plan, &self.log, &self.clock, received, Some(budget))));
         for name in self.log.branches().iter().filter(|name| is_retired(&plan, name)) {
             self.end(name).await?;
         }
@@ -243,9 +244,8 @@ impl Pipeline {
         }
         let counts = self.shelf.counts();
         for name in removed {
-            let aside = counts.aside.iter().any(|(branch, rows)| *branch == name && *rows > 0);
-            let dead = counts.dead.iter().any(|(branch, letters, _)| *branch == name && *letters > 0);
-            if self.log.lag(&name).records == 0 && !aside && !dead {
+            let kept = counts.aside_of(&name) + counts.dead_of(&name).0;
+            if self.log.lag(&name).records == 0 && kept == 0 {
                 self.close(&name).await;
                 self.log.forget_branch(&name).await?;
                 info!(ns = %self.namespace, branch = %name, "a removed branch has nothing left and is gone");
@@ -280,7 +280,13 @@ fn is_retired(plan: &Plan, name: &BranchName) -> bool {
 }
 
 /// The way in by a plan. Bytes under way stay counted over a change.
-fn inlet(plan: &Plan, log: &Arc<dyn Log>, clock: &Clock, budget: Option<Arc<Budget>>) -> Inlet {
+fn inlet(
+    plan: &Plan,
+    log: &Arc<dyn Log>,
+    clock: &Clock,
+    received: Arc<Received>,
+    budget: Option<Arc<Budget>>,
+) -> Inlet {
     let source = &plan.source;
     let (limit, rate) = (source.limits.in_flight.0, source.limits.rate.map(crate::units::Rate::per_second));
     let outlet = |branch: &Arc<BranchPlan>| Outlet {
@@ -297,6 +303,7 @@ fn inlet(plan: &Plan, log: &Arc<dyn Log>, clock: &Clock, budget: Option<Arc<Budg
         idempotency: source.idempotency.from.as_deref().map(Into::into),
         record_bytes: source.limits.record.0,
         budget: budget.filter(|budget| budget.is(limit, rate)).unwrap_or_else(|| Budget::new(limit, rate)),
+        received,
         origin: plan.origin.clone(),
         outlets: plan.branches.iter().map(outlet).collect(),
         clock: clock.clone(),

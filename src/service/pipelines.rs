@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 use super::files::{Files, Found, Reading};
 use super::logs::Logs;
 use super::pipeline::{Config, Pipeline};
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::console::DeleteError;
 use crate::pipeline::plan::Plan;
 use crate::record::Namespace;
@@ -56,6 +56,8 @@ pub(super) struct Pipelines {
     running: CancellationToken,
     set: RwLock<BTreeMap<Namespace, Arc<Pipeline>>>,
     absent: RwLock<BTreeMap<Namespace, Absent>>,
+    /// When the files were last read and made so.
+    applied_at: RwLock<Timestamp>,
     ready: AtomicBool,
     applying: tokio::sync::Mutex<()>,
 }
@@ -70,6 +72,7 @@ impl Pipelines {
             running,
             set: RwLock::default(),
             absent: RwLock::default(),
+            applied_at: RwLock::default(),
             ready: AtomicBool::new(false),
             applying: tokio::sync::Mutex::new(()),
         }
@@ -108,6 +111,12 @@ impl Pipelines {
                 }
             })
             .await;
+        *self.applied_at.write() = self.clock.now();
+    }
+
+    /// When the files were last read and made so.
+    pub(super) fn applied_at(&self) -> Timestamp {
+        *self.applied_at.read()
     }
 
     /// Reads the files again and makes what they say so.

@@ -261,7 +261,6 @@ impl Shelf for Memory {
         let by_branch: &BTreeMap<_, _> = &store.branches;
         ShelfCounts {
             parked: store.parked_count(),
-            next_due: store.next_due(),
             aside: by_branch.iter().map(|(name, branch)| (name.clone(), branch.aside.len() as u64)).collect(),
             dead: by_branch
                 .iter()

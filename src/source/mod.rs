@@ -29,7 +29,8 @@ use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
 
 /// A branch's name inside its namespace: `sink`, or `sink@region` where the file replicates.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, utoipa::ToSchema)]
+#[schema(value_type = String)]
 pub struct BranchName(Arc<str>);
 
 impl BranchName {

@@ -32,8 +32,8 @@ pub enum Found {
 }
 
 /// What one branch made of a record.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "state", rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[serde(tag = "state", rename_all = "snake_case", rename_all_fields = "camelCase")]
 pub enum Fate {
     /// Not ended yet.
     Pending,
@@ -44,6 +44,7 @@ pub enum Fate {
         /// When it is tried again.
         next_try: Timestamp,
         /// What the target said last.
+        #[schema(value_type = String)]
         last_error: Box<str>,
     },
     /// Delivered at some time between the two (the frontier is sampled each second).
@@ -56,6 +57,7 @@ pub enum Fate {
     /// Filtered, dropped or expired.
     Dropped {
         /// By what.
+        #[schema(value_type = String)]
         reason: Box<str>,
     },
     /// In the dead letters.
@@ -63,6 +65,7 @@ pub enum Fate {
         /// Why.
         reason: DeadReason,
         /// What was said last.
+        #[schema(value_type = String)]
         last_error: Box<str>,
     },
 }
@@ -137,14 +140,24 @@ pub struct DeadQuery {
 pub struct ShelfCounts {
     /// Records waiting for their time.
     pub parked: u64,
-    /// When the first of them is due.
-    pub next_due: Option<Timestamp>,
     /// By branch: rows set aside.
     pub aside: Vec<(BranchName, u64)>,
     /// By branch: dead letters and their bytes.
     pub dead: Vec<(BranchName, u64, u64)>,
     /// How far back idempotency keys are really known.
     pub keys_since: Option<Timestamp>,
+}
+
+impl ShelfCounts {
+    /// Rows of a branch that are set aside.
+    pub fn aside_of(&self, branch: &BranchName) -> u64 {
+        self.aside.iter().find(|(name, _)| name == branch).map_or(0, |(_, rows)| *rows)
+    }
+
+    /// Dead letters of a branch, and their bytes.
+    pub fn dead_of(&self, branch: &BranchName) -> (u64, u64) {
+        self.dead.iter().find(|(name, ..)| name == branch).map_or((0, 0), |(_, letters, bytes)| (*letters, *bytes))
+    }
 }
 
 /// What replay did.

@@ -156,31 +156,17 @@ impl Doc {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Compares a generated text with the file that is checked in.
-    fn compare(path: &str, generated: &str) {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-        if std::env::var_os("WALFLOW_REGENERATE").is_some() {
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(&path, generated).unwrap();
-        }
-        let found = std::fs::read_to_string(&path).unwrap_or_default();
-        assert!(
-            found == generated,
-            "{} differs from the types; run `WALFLOW_REGENERATE=1 cargo test --lib spec::publish` and look at the difference",
-            path.display()
-        );
-    }
+    use crate::testing::checked_in;
 
     #[test]
     fn the_schema_that_is_checked_in_is_that_of_the_types() {
-        compare("schemas/pipeline.schema.json", &json_schema());
+        checked_in("schemas/pipeline.schema.json", &json_schema());
     }
 
     #[test]
     fn the_defaults_that_are_checked_in_are_those_of_the_types() {
         let head = "# Every key of a pipeline file, with its default\n\nGenerated from the types. Each arm of `sink.route` and `sink.fan_out` takes the keys of `sink`, and those of the\n`sink` around it where it has none of its own.\n\n";
-        compare("src/spec/DEFAULTS.md", &format!("{head}{}", defaults_table()));
+        checked_in("src/spec/DEFAULTS.md", &format!("{head}{}", defaults_table()));
     }
 
     /// The docs' `Default:` against the default that serde takes.

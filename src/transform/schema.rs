@@ -40,11 +40,13 @@ pub enum SchemaError {
 }
 
 /// One thing that a payload does not match.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
 pub struct SchemaFault {
     /// Where in the payload, as a JSON pointer; empty = the whole.
+    #[schema(value_type = String)]
     pub pointer: Box<str>,
     /// What is wrong there.
+    #[schema(value_type = String)]
     pub message: Box<str>,
 }
 

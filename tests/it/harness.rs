@@ -50,6 +50,11 @@ impl Place {
         self
     }
 
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
     /// Writes a file under `pipelines/`, whole or not at all, as an editor does.
     pub fn put(&self, name: &str, text: &str) {
         let path = self.path("pipelines").join(name);

@@ -14,6 +14,7 @@
 mod crash;
 mod harness;
 mod hostile;
+mod http;
 mod outage;
 mod quickstart;
 mod real_data;

@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-pub use stats::{ATTEMPT_BUCKETS, Board, BranchCounters, BranchStatus, Pause};
+pub use stats::{Board, BranchCounters, BranchStatus, Pause};
 
 use super::plan::BranchPlan;
 use super::revisions::Revisions;

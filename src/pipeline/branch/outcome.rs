@@ -36,7 +36,7 @@ enum Next {
 impl Actor {
     /// Goes through a batch's outcomes in order and gives each delivery its end or its next try.
     pub(super) fn finished(&mut self, done: BatchDone) {
-        self.board.counters.attempt(done.took);
+        self.board.counters.attempts.observe(done.took);
         let panicked = done.written.is_none();
         let mut failed = done.written.unwrap_or_default().failed.into_iter().peekable();
         let first_failed = failed.peek().map(|(index, _)| *index);

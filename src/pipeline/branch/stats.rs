@@ -1,18 +1,15 @@
 //! What a branch tells of itself: counters for metrics, and its state for status pages.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::clock::Timestamp;
-
-/// Upper bounds of the attempt histogram, in seconds.
-pub const ATTEMPT_BUCKETS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
+use crate::telemetry::Durations;
 
 /// Counts since the process started. Read with relaxed loads.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct BranchCounters {
     /// Deliveries that the target took.
     pub delivered: AtomicU64,
@@ -30,30 +27,39 @@ pub struct BranchCounters {
     pub dead: AtomicU64,
     /// Times that the branch was started again after a failure of its own.
     pub restarts: AtomicU64,
-    /// Attempts by duration; the last is beyond all bounds.
-    pub attempts: [AtomicU64; ATTEMPT_BUCKETS.len() + 1],
-    /// Microseconds of all attempts.
-    pub attempt_micros: AtomicU64,
+    /// Attempts by duration.
+    pub attempts: Durations,
+}
+
+impl Default for BranchCounters {
+    fn default() -> Self {
+        const ATTEMPT: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
+        let none = AtomicU64::default;
+        Self {
+            delivered: none(),
+            delivered_bytes: none(),
+            dropped: none(),
+            retried: none(),
+            down: none(),
+            set_aside: none(),
+            dead: none(),
+            restarts: none(),
+            attempts: Durations::new(ATTEMPT),
+        }
+    }
 }
 
 impl BranchCounters {
     pub(super) fn add(counter: &AtomicU64, count: usize) {
         counter.fetch_add(count as u64, Ordering::Relaxed);
     }
-
-    pub(super) fn attempt(&self, took: Duration) {
-        let bucket = ATTEMPT_BUCKETS.partition_point(|bound| *bound < took.as_secs_f64());
-        if let Some(counter) = self.attempts.get(bucket) {
-            counter.fetch_add(1, Ordering::Relaxed);
-        }
-        self.attempt_micros.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
-    }
 }
 
 /// Why a branch does not send.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Pause {
     /// `breaker`, `refused`, `dead_letters_full` or `operator`.
+    #[schema(value_type = String)]
     pub cause: &'static str,
     /// What happened, and what ends it.
     pub note: String,
@@ -62,7 +68,7 @@ pub struct Pause {
 }
 
 /// A branch as a status page shows it.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default)]
 pub struct BranchStatus {
     /// Why it does not send, if it does not.
     pub pause: Option<Pause>,

@@ -244,7 +244,7 @@ async fn release_rows(shared: &Arc<Shared>, space: &Arc<Space>, rows: &[DueRow],
         Ok(_) => {
             let now = shared.clock.now();
             for row in rows {
-                shared.counters.late(now.since(row.due_at));
+                shared.counters.lateness.observe(now.since(row.due_at));
             }
         }
         Err(LogError::Closed(_)) => {}

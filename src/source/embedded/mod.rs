@@ -64,7 +64,7 @@ pub use log::Embedded;
 pub use namespace::EmbeddedNamespace;
 pub use options::{NamespaceSettings, Options};
 pub use recovery::OpenError;
-pub use shared::{Counters, Health, LATENESS_BUCKETS};
+pub use shared::{Counters, Health};
 
 use log::scheduled_step;
 

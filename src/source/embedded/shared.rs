@@ -7,7 +7,6 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
@@ -28,6 +27,7 @@ use super::state::StateReader;
 use crate::clock::Clock;
 use crate::record::{Namespace, Record};
 use crate::source::{Admitted, Entry, Epoch, LogError};
+use crate::telemetry::Durations;
 
 /// How the log is doing; every field is what an operator would ask first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,7 +109,7 @@ pub(super) struct Spaces {
 }
 
 /// Counters that a scrape reads.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Counters {
     /// Groups that became durable.
     pub groups: AtomicU64,
@@ -117,28 +117,24 @@ pub struct Counters {
     pub frames: AtomicU64,
     /// Bytes that became durable.
     pub bytes: AtomicU64,
-    /// Syncs of the journal.
-    pub syncs: AtomicU64,
-    /// Microseconds spent in them.
-    pub sync_micros: AtomicU64,
-    /// Records released from the shelf.
-    pub released: AtomicU64,
-    /// They by lateness; the last is beyond all bounds of [`LATENESS_BUCKETS`].
-    pub lateness: [AtomicU64; LATENESS_BUCKETS.len() + 1],
-    /// Milliseconds of all lateness.
-    pub late_millis: AtomicU64,
+    /// Syncs of the journal by duration.
+    pub syncs: Durations,
+    /// Records released from the shelf, by how late they were.
+    pub lateness: Durations,
 }
 
-/// Upper bounds of the lateness histogram, in seconds.
-pub const LATENESS_BUCKETS: [f64; 10] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0, 60.0];
-
-impl Counters {
-    pub(super) fn late(&self, by: Duration) {
-        let bucket = LATENESS_BUCKETS.partition_point(|bound| *bound < by.as_secs_f64());
-        if let Some(counter) = self.lateness.get(bucket) {
-            counter.fetch_add(1, Ordering::Relaxed);
+impl Default for Counters {
+    fn default() -> Self {
+        const SYNC: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5];
+        const LATE: &[f64] = &[0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0, 60.0];
+        let none = AtomicU64::default;
+        Self {
+            groups: none(),
+            frames: none(),
+            bytes: none(),
+            syncs: Durations::new(SYNC),
+            lateness: Durations::new(LATE),
         }
-        self.late_millis.fetch_add(u64::try_from(by.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
 
@@ -273,11 +269,6 @@ impl Shared {
         None
     }
 
-    pub(super) fn observe_sync(&self, took: Duration) {
-        self.counters.syncs.fetch_add(1, Ordering::Relaxed);
-        self.counters.sync_micros.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
-    }
-
     /// Shows what has become durable to readers (LOG.md 8: never before).
     pub(super) fn publish(&self, commit: &Commit) {
         let mut frames = commit.frames.iter();
@@ -307,7 +298,6 @@ impl Shared {
                 self.offer(frame, *due_at);
             }
             Change::Release { record, .. } => {
-                self.counters.released.fetch_add(1, Ordering::Relaxed);
                 take_from(&space.parked_bytes, record.len() as u64);
             }
             Change::Cancel { parked, due_at, .. } => self.due.remove(*due_at, *parked),

@@ -317,7 +317,7 @@ impl Writer {
             self.shared.finish(batch.refuse(&Refusal::Unknown(reason)));
             return;
         }
-        self.shared.observe_sync(started.elapsed());
+        self.shared.counters.syncs.observe(started.elapsed());
         self.file.offset += batch.bytes.len() as u64;
         self.durable = self.last;
         let (commit, finishes) = batch.into_commit(self.last);

@@ -234,7 +234,6 @@ impl Shelf for EmbeddedNamespace {
         let counts = self.shared.reader.counts();
         ShelfCounts {
             parked: counts.parked(self.space.number).0,
-            next_due: None,
             aside: counts.aside(self.space.number),
             dead: counts.dead(self.space.number),
             keys_since: None,

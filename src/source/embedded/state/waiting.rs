@@ -1,7 +1,7 @@
 //! Reading what waits: parked records, and deliveries that are set aside.
 
 use bytes::Bytes;
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, Row, params};
 
 use super::reader::{StateReader, WaitingRow, damaged};
 use super::{Counts, StateError, failed, number, sql};
@@ -134,17 +134,6 @@ impl StateReader {
             rows.last().map(|row| format!("{}-{}", row.due_at.as_millis(), row.parked.0)).unwrap_or_default()
         });
         Ok(Page { rows, next })
-    }
-
-    /// When the first parked record of a namespace is due.
-    ///
-    /// # Errors
-    /// When SQLite fails.
-    pub fn next_due(&self, namespace: NamespaceNumber) -> Result<Option<Timestamp>, StateError> {
-        self.with(|db| {
-            let mut first = db.prepare_cached("SELECT due FROM parked WHERE namespace = ? ORDER BY due LIMIT 1")?;
-            first.query_row([namespace.0], |row| Ok(Timestamp::from_millis(row.get(0)?))).optional()
-        })
     }
 
     /// Whether the record was cancelled, as far as that is remembered.
