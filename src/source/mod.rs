@@ -6,6 +6,8 @@
 //! namespace.
 
 mod admission;
+#[cfg(test)]
+mod conformance;
 pub mod embedded;
 pub mod frontier;
 pub mod memory;
@@ -363,6 +365,6 @@ pub trait Shelf: Send + Sync {
     /// When the log is closed.
     fn purge(&self, query: DeadQuery) -> BoxFuture<'static, Result<u64, LogError>>;
 
-    /// How much lies here; cheap enough for every scrape.
+    /// How much lies here; cheap enough for every scrape, so it may be behind by what is durable and not yet sorted in.
     fn counts(&self) -> ShelfCounts;
 }

@@ -55,7 +55,7 @@ mod shared;
 mod space;
 pub mod state;
 #[cfg(test)]
-mod testing;
+pub(super) mod testing;
 #[cfg(test)]
 mod tests;
 mod writer;

@@ -69,6 +69,8 @@ pub(super) struct Store {
     entries: VecDeque<Entry>,
     end: Position,
     counter: u64,
+    /// The time in the newest id; a clock that steps back takes no id with it.
+    newest: Timestamp,
     pub(super) branches: BTreeMap<BranchName, Branch>,
     parked: BTreeMap<(Timestamp, u64), Arc<Record>>,
     cancelled: HashSet<RecordId>,
@@ -84,6 +86,7 @@ impl Store {
             entries: VecDeque::new(),
             end: Position(0),
             counter: 0,
+            newest: Timestamp::MIN,
             branches: BTreeMap::new(),
             parked: BTreeMap::new(),
             cancelled: HashSet::new(),
@@ -107,8 +110,9 @@ impl Store {
             return repeated;
         }
         self.counter += 1;
+        self.newest = self.newest.max(now);
         #[expect(clippy::cast_possible_truncation, reason = "only 12 bits are used")]
-        let id = RecordId::new(now, self.counter as u16, self.number, self.counter);
+        let id = RecordId::new(self.newest, self.counter as u16, self.number, self.counter);
         let due_at = write.due_at.filter(|due| *due > now);
         let record = Record { id, written_at: now, due_at, ..write.record };
         if let Some(IdempotencyKey { key, fingerprint }) = write.idempotency {

@@ -1,0 +1,224 @@
+//! What a [`Log`] must do.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{Kind, append, branch, id_of, keyed, payloads, read, settle_to, write};
+use crate::record::{Position, RecordId};
+use crate::source::{Admitted, BranchName, Fate, Found, Scheduled, Settlement, Start, Write};
+
+pub(super) async fn records_come_in_the_order_of_the_log_each_once<K: Kind>(kind: K) {
+    let log = kind.log();
+    append(&log, &["0", "1", "2"]).await;
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    let first = read(&mut *start.subscription, 3).await;
+    assert_eq!(first.iter().map(|entry| entry.position.0).collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(payloads(&first), ["0", "1", "2"].map(Bytes::from));
+    append(&log, &["3"]).await;
+    assert_eq!(payloads(&read(&mut *start.subscription, 1).await), ["3"].map(Bytes::from));
+    assert_eq!(log.end(), Position(4));
+}
+
+pub(super) async fn a_batch_has_as_many_records_and_bytes_as_asked_for<K: Kind>(kind: K) {
+    let log = kind.log();
+    append(&log, &["0", "1", "2", "3"]).await;
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    assert_eq!(start.subscription.next(3, usize::MAX).await.unwrap().len(), 3);
+    assert_eq!(start.subscription.next(3, usize::MAX).await.unwrap().len(), 1, "no more are there");
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    assert_eq!(start.subscription.next(4, 1).await.unwrap().len(), 1, "one record is always given");
+}
+
+pub(super) async fn a_reader_waits_for_what_comes_and_loses_nothing_when_it_gives_up<K: Kind>(kind: K) {
+    let log = kind.log();
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    let none = futures::poll!(start.subscription.next(1, usize::MAX));
+    assert!(none.is_pending());
+    let (entries, _) = tokio::join!(read(&mut *start.subscription, 1), append(&log, &["late"]));
+    assert_eq!(payloads(&entries), ["late"].map(Bytes::from));
+}
+
+pub(super) async fn branches_read_and_settle_apart<K: Kind>(kind: K) {
+    let (log, shelf, other) = (kind.log(), kind.shelf(), BranchName::new("other", Some("eu")));
+    append(&log, &["0", "1"]).await;
+    let mut one = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    let mut two = log.open_branch(&other, Start::Earliest).await.unwrap();
+    assert_eq!(read(&mut *one.subscription, 2).await.len(), 2);
+    settle_to(&shelf, 2).await;
+    assert_eq!(read(&mut *two.subscription, 2).await.len(), 2);
+    assert_eq!((log.lag(&branch()).records, log.lag(&other).records), (0, 2));
+    let mut known = log.branches();
+    known.sort();
+    assert_eq!(known, [other, branch()]);
+}
+
+pub(super) async fn a_new_branch_starts_where_it_is_told_and_a_known_one_where_it_stopped<K: Kind>(kind: K) {
+    let log = kind.log();
+    append(&log, &["0", "1", "2"]).await;
+    for (name, start, cursor) in
+        [("earliest", Start::Earliest, 0), ("latest", Start::Latest, 3), ("after", Start::After(Position(1)), 1)]
+    {
+        let opened = log.open_branch(&BranchName::new(name, None), start).await.unwrap();
+        assert_eq!(opened.cursor, Position(cursor), "{name}");
+    }
+    log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    settle_to(&kind.shelf(), 2).await;
+    drop(log);
+    let kind = kind.reopen().await;
+    let mut start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
+    assert_eq!(start.cursor, Position(2));
+    assert_eq!(payloads(&read(&mut *start.subscription, 1).await), ["2"].map(Bytes::from));
+    let latest = kind.log().open_branch(&BranchName::new("latest", None), Start::Earliest).await.unwrap();
+    assert_eq!(latest.cursor, Position(3), "it is known, though it never settled anything");
+}
+
+pub(super) async fn writes_of_one_call_stand_together_in_their_order<K: Kind>(kind: K) {
+    let log = kind.log();
+    let calls = (0..20).map(|call| {
+        let writes = (0..10).map(|number| write(None, &(call * 10 + number).to_string())).collect();
+        log.admit(writes)
+    });
+    for admitted in futures::future::join_all(calls).await {
+        let positions: Vec<u64> = admitted
+            .unwrap()
+            .iter()
+            .map(|one| match one {
+                Admitted::Appended { position, .. } => position.0,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert!(positions.windows(2).all(|pair| pair[1] == pair[0] + 1), "{positions:?}");
+    }
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    assert_eq!(read(&mut *start.subscription, 200).await.len(), 200);
+}
+
+pub(super) async fn the_same_idempotency_key_is_one_record_and_gives_the_first_answer<K: Kind>(kind: K) {
+    let log = kind.log();
+    let first = log.admit(vec![keyed("once", 1, "0")]).await.unwrap();
+    let Admitted::Appended { id, written_at, .. } = first[0] else { panic!("{first:?}") };
+    let again = Admitted::Repeated { id, written_at, due_at: None };
+    assert_eq!(log.admit(vec![keyed("once", 1, "0")]).await.unwrap(), [again.clone()]);
+    assert_eq!(log.admit(vec![keyed("once", 2, "1")]).await.unwrap(), [Admitted::KeyReused]);
+    let both = log.admit(vec![keyed("twice", 1, "2"), keyed("twice", 1, "2")]).await.unwrap();
+    assert!(matches!(both[..], [Admitted::Appended { .. }, Admitted::Repeated { .. }]), "{both:?}");
+    let due_at = Some(kind.clock().now().saturating_add(Duration::from_secs(60)));
+    let parked = log.admit(vec![Write { due_at, ..keyed("later", 1, "3") }]).await.unwrap();
+    assert_eq!(log.end(), Position(2));
+    drop(log);
+    let kind = kind.reopen().await;
+    assert_eq!(kind.log().admit(vec![keyed("once", 1, "0")]).await.unwrap(), [again]);
+    let repeated = kind.log().admit(vec![Write { due_at, ..keyed("later", 1, "3") }]).await.unwrap();
+    assert_eq!(id_of(&repeated[0]), id_of(&parked[0]));
+    assert!(matches!(repeated[0], Admitted::Repeated { due_at: found, .. } if found == due_at), "{repeated:?}");
+}
+
+pub(super) async fn the_same_key_at_once_is_one_record<K: Kind>(kind: K) {
+    let log = kind.log();
+    let answers = futures::future::join_all((0..100).map(|_| log.admit(vec![keyed("once", 1, "0")]))).await;
+    let appended = answers.iter().filter(|answer| matches!(answer.as_ref().unwrap()[0], Admitted::Appended { .. }));
+    assert_eq!(appended.count(), 1);
+    let first = id_of(&answers[0].as_ref().unwrap()[0]);
+    assert!(answers.iter().all(|answer| id_of(&answer.as_ref().unwrap()[0]) == first));
+    assert_eq!(log.end(), Position(1));
+}
+
+pub(super) async fn lag_tells_how_much_is_left_and_how_old_it_is<K: Kind>(kind: K) {
+    let log = kind.log();
+    log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    assert_eq!((log.lag(&branch()).records, log.lag(&branch()).oldest), (0, None));
+    let first = kind.clock().now();
+    append(&log, &["0"]).await;
+    kind.clock().advance(Duration::from_secs(5));
+    let second = kind.clock().now();
+    append(&log, &["1"]).await;
+    let lag = log.lag(&branch());
+    assert_eq!((lag.records, lag.oldest, lag.cursor), (2, Some(first), Position(0)));
+    settle_to(&kind.shelf(), 1).await;
+    let less = log.lag(&branch());
+    assert_eq!((less.records, less.oldest, less.cursor), (1, Some(second), Position(1)));
+    assert!(less.bytes > 0 && less.bytes < lag.bytes, "{less:?} {lag:?}");
+}
+
+pub(super) async fn ids_rise_with_the_log<K: Kind>(kind: K) {
+    let log = kind.log();
+    let mut last = None;
+    for _ in 0..3 {
+        for admitted in append(&log, &["0", "1", "2"]).await {
+            let id = Some(id_of(&admitted));
+            assert!(id > last);
+            last = id;
+        }
+        // A clock that steps back takes no id with it.
+        let back = kind.clock().now().as_millis() - 10_000;
+        kind.clock().set(crate::clock::Timestamp::from_millis(back));
+    }
+}
+
+pub(super) async fn a_write_is_found_wherever_it_is<K: Kind>(kind: K) {
+    let (log, shelf) = (kind.log(), kind.shelf());
+    log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    // One that has not passed anything keeps the records from being forgotten.
+    log.open_branch(&BranchName::new("behind", None), Start::Earliest).await.unwrap();
+    let ids: Vec<RecordId> = append(&log, &["0", "1", "2"]).await.iter().map(id_of).collect();
+    let fate = |id| {
+        let found = log.find(id);
+        async move {
+            match found.await.unwrap() {
+                Some(Found::InLog { branches, .. }) => {
+                    branches.into_iter().find(|(name, _)| *name == branch()).unwrap().1
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    assert_eq!(fate(ids[0]).await, Fate::Pending);
+    let settlement = Settlement {
+        frontier: Some(Position(2)),
+        dropped: vec![(Position(2), "filter".into())],
+        ..Settlement::default()
+    };
+    shelf.settle(&branch(), settlement).await.unwrap();
+    assert!(matches!(fate(ids[0]).await, Fate::Finished { .. }));
+    assert_eq!(fate(ids[1]).await, Fate::Dropped { reason: "filter".into() });
+    assert_eq!(fate(ids[2]).await, Fate::Pending);
+    let due_at = kind.clock().now().saturating_add(Duration::from_secs(60));
+    let parked = log.admit(vec![Write { due_at: Some(due_at), ..write(None, "3") }]).await.unwrap();
+    let id = id_of(&parked[0]);
+    assert!(matches!(log.find(id).await.unwrap(), Some(Found::Parked { due_at: found, .. }) if found == due_at));
+    assert_eq!(shelf.cancel(Scheduled::Id(id)).await.unwrap(), 1);
+    assert_eq!(log.find(id).await.unwrap(), Some(Found::Cancelled));
+    assert_eq!(log.find(RecordId::from_bytes([9; 16])).await.unwrap(), None);
+}
+
+pub(super) async fn epochs_are_numbered_and_kept<K: Kind>(kind: K) {
+    let log = kind.log();
+    let first = log.put_epoch(Bytes::from_static(b"one")).await.unwrap();
+    log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    append(&log, &["0", "1"]).await;
+    let second = log.put_epoch(Bytes::from_static(b"two")).await.unwrap();
+    assert_eq!((first.number, first.after), (1, Position(0)));
+    assert_eq!((second.number, second.after), (2, Position(2)));
+    drop(log);
+    let kind = kind.reopen().await;
+    assert_eq!(kind.log().epochs(), [first, second], "the branch is still before the second");
+    assert_eq!(kind.log().put_epoch(Bytes::from_static(b"three")).await.unwrap().number, 3);
+}
+
+pub(super) async fn a_branch_goes_on_under_another_name_and_is_forgotten_whole<K: Kind>(kind: K) {
+    let (log, to) = (kind.log(), BranchName::new("to", None));
+    append(&log, &["0", "1"]).await;
+    log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    settle_to(&kind.shelf(), 1).await;
+    log.rename_branch(&branch(), &to).await.unwrap();
+    log.rename_branch(&branch(), &to).await.unwrap();
+    drop(log);
+    let kind = kind.reopen().await;
+    let log = kind.log();
+    assert_eq!(log.branches(), [to.clone()]);
+    assert_eq!(log.open_branch(&to, Start::Latest).await.unwrap().cursor, Position(1));
+    log.forget_branch(&to).await.unwrap();
+    assert!(log.branches().is_empty());
+    assert_eq!(log.open_branch(&to, Start::Latest).await.unwrap().cursor, Position(2), "it is a new one");
+}

@@ -1,0 +1,218 @@
+//! What every pair of log and shelf must do, whatever it stands on: one suite for each trait, run against each kind.
+//!
+//! A new kind is one more [`Kind`] and one more line at the end of this file. A case never asks which kind it runs on.
+
+mod log;
+mod shelf;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tempfile::TempDir;
+
+use super::embedded::testing::record;
+use super::embedded::{Embedded, NamespaceSettings, Options};
+use super::memory::Memory;
+use super::{Admitted, BranchName, Entry, IdempotencyKey, Log, Settlement, Shelf, ShelfCounts, Subscription, Write};
+use crate::clock::{Clock, Timestamp};
+use crate::record::{Position, RecordId};
+
+/// Longest wait for anything; a wait that needs it has failed.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A pair on its storage, with a clock of its own.
+trait Kind: Sized {
+    async fn start() -> Self;
+
+    /// What a restart of the process does to it; everything acknowledged is still there.
+    async fn reopen(self) -> Self;
+
+    fn log(&self) -> Arc<dyn Log>;
+
+    fn shelf(&self) -> Arc<dyn Shelf>;
+
+    fn clock(&self) -> &Clock;
+}
+
+struct OnDisk {
+    folder: TempDir,
+    log: Arc<Embedded>,
+    clock: Clock,
+}
+
+impl OnDisk {
+    fn open(folder: TempDir, clock: Clock) -> Self {
+        let options = Options {
+            journal_file_bytes: 1 << 20,
+            ballast_bytes: 0,
+            ..Options::new(folder.path().to_owned(), clock.clone())
+        };
+        Self { log: Embedded::open(options).unwrap(), folder, clock }
+    }
+
+    fn pair(&self) -> Arc<super::embedded::EmbeddedNamespace> {
+        self.log.namespace(&"orders".parse().unwrap(), NamespaceSettings::default()).unwrap()
+    }
+}
+
+impl Kind for OnDisk {
+    async fn start() -> Self {
+        Self::open(tempfile::tempdir().unwrap(), clock())
+    }
+
+    async fn reopen(self) -> Self {
+        self.log.close().await;
+        drop(self.log);
+        Self::open(self.folder, self.clock)
+    }
+
+    fn log(&self) -> Arc<dyn Log> {
+        self.pair()
+    }
+
+    fn shelf(&self) -> Arc<dyn Shelf> {
+        self.pair()
+    }
+
+    fn clock(&self) -> &Clock {
+        &self.clock
+    }
+}
+
+/// The reference. It does not outlive a process; to reopen it is to read it again from what it holds.
+struct InMemory {
+    pair: Arc<Memory>,
+    clock: Clock,
+}
+
+impl Kind for InMemory {
+    async fn start() -> Self {
+        let clock = clock();
+        Self { pair: Memory::new(1, clock.clone()), clock }
+    }
+
+    async fn reopen(self) -> Self {
+        self
+    }
+
+    fn log(&self) -> Arc<dyn Log> {
+        Arc::clone(&self.pair) as Arc<dyn Log>
+    }
+
+    fn shelf(&self) -> Arc<dyn Shelf> {
+        Arc::clone(&self.pair) as Arc<dyn Shelf>
+    }
+
+    fn clock(&self) -> &Clock {
+        &self.clock
+    }
+}
+
+fn clock() -> Clock {
+    Clock::manual(Timestamp::from_millis(1_764_000_000_000))
+}
+
+fn branch() -> BranchName {
+    BranchName::new("sink", None)
+}
+
+fn write(key: Option<&str>, payload: &str) -> Write {
+    Write { record: record(key, payload), due_at: None, idempotency: None }
+}
+
+fn keyed(key: &str, fingerprint: u8, payload: &str) -> Write {
+    let idempotency = IdempotencyKey { key: key.into(), fingerprint: [fingerprint; 16] };
+    Write { idempotency: Some(idempotency), ..write(None, payload) }
+}
+
+fn id_of(admitted: &Admitted) -> RecordId {
+    match admitted {
+        Admitted::Appended { id, .. } | Admitted::Parked { id, .. } | Admitted::Repeated { id, .. } => *id,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Appends these payloads without a key.
+async fn append(log: &Arc<dyn Log>, payloads: &[&str]) -> Vec<Admitted> {
+    log.admit(payloads.iter().map(|payload| write(None, payload)).collect()).await.unwrap()
+}
+
+/// The next `count` entries.
+async fn read(subscription: &mut dyn Subscription, count: usize) -> Vec<Entry> {
+    let mut found = Vec::new();
+    while found.len() < count {
+        let next = tokio::time::timeout(PATIENCE, subscription.next(count - found.len(), usize::MAX)).await;
+        found.extend(next.expect("nothing came").unwrap());
+    }
+    found
+}
+
+fn payloads(entries: &[Entry]) -> Vec<Bytes> {
+    entries.iter().map(|entry| entry.record.payload.clone()).collect()
+}
+
+/// Waits until the counts, which may be a little behind, are so.
+async fn until_counts(shelf: &Arc<dyn Shelf>, fine: impl Fn(&ShelfCounts) -> bool) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !fine(&shelf.counts()) {
+        assert!(std::time::Instant::now() < deadline, "{:?}", shelf.counts());
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Moves the frontier and waits until that is stored.
+async fn settle_to(shelf: &Arc<dyn Shelf>, position: u64) {
+    // A dropped record makes the settlement one that is waited for.
+    let dropped = vec![(Position(position), "filter".into())];
+    let settlement = Settlement { frontier: Some(Position(position)), dropped, ..Settlement::default() };
+    shelf.settle(&branch(), settlement).await.unwrap();
+}
+
+macro_rules! suite {
+    ($($module:ident: $($case:ident)*;)*) => {
+        suite!(embedded, OnDisk, $($module: $($case)*;)*);
+        suite!(memory, InMemory, $($module: $($case)*;)*);
+    };
+    ($name:ident, $kind:ty, $($module:ident: $($case:ident)*;)*) => {
+        mod $name {
+            use super::*;
+            $($(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $case() {
+                    super::$module::$case(<$kind>::start().await).await;
+                }
+            )*)*
+        }
+    };
+}
+
+suite! {
+    log:
+        records_come_in_the_order_of_the_log_each_once
+        a_batch_has_as_many_records_and_bytes_as_asked_for
+        a_reader_waits_for_what_comes_and_loses_nothing_when_it_gives_up
+        branches_read_and_settle_apart
+        a_new_branch_starts_where_it_is_told_and_a_known_one_where_it_stopped
+        writes_of_one_call_stand_together_in_their_order
+        the_same_idempotency_key_is_one_record_and_gives_the_first_answer
+        the_same_key_at_once_is_one_record
+        lag_tells_how_much_is_left_and_how_old_it_is
+        ids_rise_with_the_log
+        a_write_is_found_wherever_it_is
+        epochs_are_numbered_and_kept
+        a_branch_goes_on_under_another_name_and_is_forgotten_whole;
+    shelf:
+        what_is_parked_comes_when_it_is_due_in_that_order_and_never_before
+        what_is_parked_is_listed_in_pages_and_by_key
+        what_is_cancelled_never_comes
+        what_is_moved_comes_at_its_new_time
+        parked_records_outlive_a_restart
+        rows_set_aside_come_back_in_order_with_what_is_known_of_them
+        ends_above_the_frontier_are_remembered
+        a_dead_letter_ends_its_row_and_is_listed_by_each_filter
+        replay_sends_back_in_order_and_leaves_what_was_overtaken
+        a_purged_letter_does_not_come_again
+        a_pause_outlives_a_restart_until_it_is_cleared
+        marks_outlive_a_restart_until_the_frontier_has_passed;
+}

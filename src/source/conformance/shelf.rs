@@ -1,0 +1,282 @@
+//! What a [`Shelf`] must do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{Kind, append, branch, id_of, payloads, read, settle_to, until_counts, write};
+use crate::clock::Timestamp;
+use crate::record::Position;
+use crate::source::{
+    Admitted, AsideRow, DeadLetter, DeadQuery, DeadReason, Entry, Log, ParkedQuery, RowKey, Scheduled, Settlement,
+    Shelf, Start, StoredPause, Write, lane_of,
+};
+
+fn after<K: Kind>(kind: &K, seconds: u64) -> Timestamp {
+    kind.clock().now().saturating_add(Duration::from_secs(seconds))
+}
+
+async fn park(log: &Arc<dyn Log>, due_at: Timestamp, key: Option<&str>, payload: &str) -> Admitted {
+    log.admit(vec![Write { due_at: Some(due_at), ..write(key, payload) }]).await.unwrap().remove(0)
+}
+
+/// Three records, read by the branch.
+async fn three<K: Kind>(kind: &K) -> Vec<Entry> {
+    let log = kind.log();
+    for (key, payload) in [("a", "0"), ("b", "1"), ("a", "2")] {
+        log.admit(vec![write(Some(key), payload)]).await.unwrap();
+    }
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    read(&mut *start.subscription, 3).await
+}
+
+fn row(entry: &Entry) -> RowKey {
+    RowKey { position: entry.position, child: 0 }
+}
+
+fn aside<K: Kind>(kind: &K, entry: &Entry, attempts: u32) -> AsideRow {
+    AsideRow {
+        row: row(entry),
+        lane: lane_of(entry.record.key.as_deref(), row(entry)),
+        record: Arc::clone(&entry.record),
+        rendered: Some(Bytes::from_static(b"rendered")),
+        attempts,
+        first_failed: kind.clock().now(),
+        next_try: after(kind, 1),
+        last_error: "503".into(),
+        replayed: false,
+    }
+}
+
+fn letter<K: Kind>(kind: &K, entry: &Entry, reason: DeadReason, overtaken: bool) -> DeadLetter {
+    DeadLetter {
+        row: row(entry),
+        branch: branch(),
+        at: kind.clock().now(),
+        reason,
+        attempts: 1,
+        last_error: format!("no {}", entry.position).into(),
+        stage: "sink".into(),
+        revision: "r".into(),
+        record: Arc::clone(&entry.record),
+        rendered: None,
+        overtaken,
+    }
+}
+
+async fn settle(shelf: &Arc<dyn Shelf>, settlement: Settlement) {
+    shelf.settle(&branch(), settlement).await.unwrap();
+}
+
+fn all() -> DeadQuery {
+    DeadQuery { limit: 100, ..DeadQuery::default() }
+}
+
+pub(super) async fn what_is_parked_comes_when_it_is_due_in_that_order_and_never_before<K: Kind>(kind: K) {
+    let log = kind.log();
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    for (seconds, payload) in [(30, "c"), (10, "a"), (20, "b"), (10, "a2"), (100, "d")] {
+        park(&log, after(&kind, seconds), None, payload).await;
+    }
+    assert_eq!(log.end(), Position(0));
+    until_counts(&kind.shelf(), |counts| counts.parked == 5).await;
+    kind.clock().advance(Duration::from_millis(9_999));
+    assert!(futures::poll!(start.subscription.next(1, usize::MAX)).is_pending());
+    kind.clock().advance(Duration::from_millis(20_001));
+    assert_eq!(payloads(&read(&mut *start.subscription, 4).await), ["a", "a2", "b", "c"].map(Bytes::from));
+    assert_eq!(log.end(), Position(4));
+    until_counts(&kind.shelf(), |counts| counts.parked == 1).await;
+}
+
+pub(super) async fn what_is_parked_is_listed_in_pages_and_by_key<K: Kind>(kind: K) {
+    let (log, shelf) = (kind.log(), kind.shelf());
+    for (seconds, key) in [(300, "x"), (100, "y"), (200, "x")] {
+        park(&log, after(&kind, seconds), Some(key), &seconds.to_string()).await;
+    }
+    let first = shelf.parked(ParkedQuery { limit: 2, ..ParkedQuery::default() }).await.unwrap();
+    let second = ParkedQuery { limit: 2, after: first.next.clone(), ..ParkedQuery::default() };
+    let second = shelf.parked(second).await.unwrap();
+    let found: Vec<_> = first.rows.iter().chain(&second.rows).map(|row| row.record.payload.clone()).collect();
+    assert_eq!(found, ["100", "200", "300"].map(Bytes::from));
+    assert!(first.next.is_some() && second.next.is_none(), "{:?} {:?}", first.next, second.next);
+    let of_x = ParkedQuery { limit: 10, key: Some("x".into()), ..ParkedQuery::default() };
+    assert_eq!(shelf.parked(of_x).await.unwrap().rows.len(), 2);
+    let (from, to) = (Some(after(&kind, 100)), Some(after(&kind, 300)));
+    let between = shelf.parked(ParkedQuery { limit: 10, from, to, ..ParkedQuery::default() }).await.unwrap();
+    assert_eq!(between.rows.len(), 2, "from is within, to is not");
+}
+
+pub(super) async fn what_is_cancelled_never_comes<K: Kind>(kind: K) {
+    let (log, shelf) = (kind.log(), kind.shelf());
+    let due = after(&kind, 60);
+    let one = id_of(&park(&log, due, None, "0").await);
+    for payload in ["1", "2"] {
+        park(&log, due, Some("k"), payload).await;
+    }
+    park(&log, due, None, "3").await;
+    assert_eq!(shelf.cancel(Scheduled::Id(one)).await.unwrap(), 1);
+    assert_eq!(shelf.cancel(Scheduled::Id(one)).await.unwrap(), 0);
+    assert_eq!(shelf.cancel(Scheduled::Key("k".into())).await.unwrap(), 2);
+    drop((log, shelf));
+    let kind = kind.reopen().await;
+    let mut start = kind.log().open_branch(&branch(), Start::Earliest).await.unwrap();
+    kind.clock().advance(Duration::from_secs(60));
+    assert_eq!(payloads(&read(&mut *start.subscription, 1).await), ["3"].map(Bytes::from));
+    assert_eq!(kind.log().end(), Position(1));
+    until_counts(&kind.shelf(), |counts| counts.parked == 0).await;
+}
+
+pub(super) async fn what_is_moved_comes_at_its_new_time<K: Kind>(kind: K) {
+    let (log, shelf) = (kind.log(), kind.shelf());
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    let one = id_of(&park(&log, after(&kind, 60), None, "0").await);
+    park(&log, after(&kind, 30), None, "1").await;
+    let sooner = after(&kind, 10);
+    assert_eq!(shelf.reschedule(Scheduled::Id(one), sooner).await.unwrap(), 1);
+    let page = shelf.parked(ParkedQuery { limit: 1, ..ParkedQuery::default() }).await.unwrap();
+    assert_eq!((page.rows[0].record.id, page.rows[0].due_at), (one, sooner));
+    kind.clock().advance(Duration::from_secs(30));
+    assert_eq!(payloads(&read(&mut *start.subscription, 2).await), ["0", "1"].map(Bytes::from));
+    assert_eq!(shelf.reschedule(Scheduled::Id(one), after(&kind, 1)).await.unwrap(), 0, "it is gone");
+}
+
+pub(super) async fn parked_records_outlive_a_restart<K: Kind>(kind: K) {
+    let due = after(&kind, 3_600);
+    park(&kind.log(), due, None, "0").await;
+    let kind = kind.reopen().await;
+    until_counts(&kind.shelf(), |counts| counts.parked == 1).await;
+    let mut start = kind.log().open_branch(&branch(), Start::Earliest).await.unwrap();
+    kind.clock().advance(Duration::from_secs(3_600));
+    let found = read(&mut *start.subscription, 1).await;
+    assert_eq!((payloads(&found), found[0].record.due_at), (vec![Bytes::from("0")], Some(due)));
+}
+
+pub(super) async fn rows_set_aside_come_back_in_order_with_what_is_known_of_them<K: Kind>(kind: K) {
+    let entries = three(&kind).await;
+    let shelf = kind.shelf();
+    let rows = vec![aside(&kind, &entries[2], 0), aside(&kind, &entries[0], 1)];
+    settle(&shelf, Settlement { aside: rows, frontier: Some(Position(3)), ..Settlement::default() }).await;
+    // The same row again is what is newly known of it.
+    settle(&shelf, Settlement { aside: vec![aside(&kind, &entries[0], 4)], ..Settlement::default() }).await;
+    drop(shelf);
+    let kind = kind.reopen().await;
+    let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
+    assert_eq!((start.cursor, start.lanes.len()), (Position(3), 1));
+    let lane = &start.lanes[0];
+    assert_eq!((lane.first, lane.rows, lane.attempts), (row(&entries[0]), 2, 4));
+    let shelf = kind.shelf();
+    let found = shelf.aside_rows(&branch(), &lane.lane, 10).await.unwrap();
+    assert_eq!(found, [aside(&kind, &entries[0], 4), aside(&kind, &entries[2], 0)]);
+    assert_eq!(shelf.aside_rows(&branch(), &lane.lane, 1).await.unwrap().len(), 1);
+    until_counts(&shelf, |counts| counts.aside_of(&branch()) == 2).await;
+    settle(&shelf, Settlement { returned: vec![row(&entries[0]), row(&entries[2])], ..Settlement::default() }).await;
+    until_counts(&shelf, |counts| counts.aside_of(&branch()) == 0).await;
+    drop(shelf);
+    let kind = kind.reopen().await;
+    assert!(kind.log().open_branch(&branch(), Start::Latest).await.unwrap().lanes.is_empty());
+}
+
+pub(super) async fn ends_above_the_frontier_are_remembered<K: Kind>(kind: K) {
+    let entries = three(&kind).await;
+    let dead = vec![letter(&kind, &entries[1], DeadReason::Refused, false)];
+    let aside = vec![aside(&kind, &entries[2], 1)];
+    settle(&kind.shelf(), Settlement { dead, aside, ..Settlement::default() }).await;
+    let kind = kind.reopen().await;
+    let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
+    assert_eq!(start.cursor, Position(0));
+    assert!(start.ended.contains(&row(&entries[1])), "{:?}", start.ended);
+    assert!(!start.ended.contains(&row(&entries[0])), "{:?}", start.ended);
+    assert_eq!(start.lanes[0].first, row(&entries[2]));
+}
+
+pub(super) async fn a_dead_letter_ends_its_row_and_is_listed_by_each_filter<K: Kind>(kind: K) {
+    let entries = three(&kind).await;
+    let shelf = kind.shelf();
+    settle(&shelf, Settlement { aside: vec![aside(&kind, &entries[0], 1)], ..Settlement::default() }).await;
+    let first = kind.clock().now();
+    let dead = vec![letter(&kind, &entries[0], DeadReason::Exhausted, false)];
+    settle(&shelf, Settlement { dead, ..Settlement::default() }).await;
+    until_counts(&shelf, |counts| counts.aside_of(&branch()) == 0).await;
+    kind.clock().advance(Duration::from_secs(10));
+    let dead = vec![letter(&kind, &entries[1], DeadReason::Refused, false)];
+    settle(&shelf, Settlement { dead, ..Settlement::default() }).await;
+    until_counts(&shelf, |counts| matches!(counts.dead_of(&branch()), (2, 1..))).await;
+    let later = first.saturating_add(Duration::from_secs(10));
+    let queries: [(&str, DeadQuery, &[usize]); 9] = [
+        ("all", all(), &[0, 1]),
+        ("branch", DeadQuery { branch: Some("sink".into()), ..all() }, &[0, 1]),
+        ("other branch", DeadQuery { branch: Some("other".into()), ..all() }, &[]),
+        ("reason", DeadQuery { reason: Some(DeadReason::Refused), ..all() }, &[1]),
+        ("id", DeadQuery { id: Some(entries[0].record.id), ..all() }, &[0]),
+        ("key", DeadQuery { key: Some("b".into()), ..all() }, &[1]),
+        ("from", DeadQuery { from: Some(later), ..all() }, &[1]),
+        ("to", DeadQuery { to: Some(later), ..all() }, &[0]),
+        ("error", DeadQuery { error_contains: Some("no 2".into()), ..all() }, &[1]),
+    ];
+    for (what, query, expected) in queries {
+        let found = shelf.dead_letters(query).await.unwrap().rows;
+        let found: Vec<_> = found.iter().map(|letter| letter.row).collect();
+        assert_eq!(found, expected.iter().map(|at| row(&entries[*at])).collect::<Vec<_>>(), "{what}");
+    }
+    let page = shelf.dead_letters(DeadQuery { limit: 1, ..DeadQuery::default() }).await.unwrap();
+    assert_eq!(page.rows[0].row, row(&entries[0]));
+    let next = shelf.dead_letters(DeadQuery { limit: 1, after: page.next, ..DeadQuery::default() }).await.unwrap();
+    assert_eq!(next.rows, [DeadLetter { at: later, ..letter(&kind, &entries[1], DeadReason::Refused, false) }]);
+}
+
+pub(super) async fn replay_sends_back_in_order_and_leaves_what_was_overtaken<K: Kind>(kind: K) {
+    let entries = three(&kind).await;
+    let shelf = kind.shelf();
+    let dead = entries.iter().map(|entry| letter(&kind, entry, DeadReason::Refused, false)).collect();
+    settle(&shelf, Settlement { dead, frontier: Some(Position(3)), ..Settlement::default() }).await;
+    settle(&shelf, Settlement { overtaken: vec![row(&entries[1])], ..Settlement::default() }).await;
+    let replayed = shelf.replay(all(), false).await.unwrap();
+    assert_eq!((replayed.replayed, replayed.overtaken), (2, 1));
+    let lanes = tokio::time::timeout(super::PATIENCE, shelf.replayed_lanes(&branch())).await.unwrap();
+    assert_eq!(lanes.len(), 1);
+    let rows = shelf.aside_rows(&branch(), &lanes[0].lane, 10).await.unwrap();
+    assert_eq!(rows.iter().map(|row| row.row).collect::<Vec<_>>(), [row(&entries[0]), row(&entries[2])]);
+    assert!(rows.iter().all(|row| row.replayed && row.rendered.is_none()), "replay runs the original");
+    let forced = shelf.replay(all(), true).await.unwrap();
+    assert_eq!(forced.replayed, 1);
+    until_counts(&shelf, |counts| counts.dead_of(&branch()) == (0, 0)).await;
+}
+
+pub(super) async fn a_purged_letter_does_not_come_again<K: Kind>(kind: K) {
+    let entries = three(&kind).await;
+    let shelf = kind.shelf();
+    let dead = vec![letter(&kind, &entries[1], DeadReason::Refused, false)];
+    settle(&shelf, Settlement { dead, ..Settlement::default() }).await;
+    assert_eq!(shelf.purge(all()).await.unwrap(), 1);
+    assert_eq!(shelf.purge(all()).await.unwrap(), 0);
+    drop(shelf);
+    let kind = kind.reopen().await;
+    assert!(kind.shelf().dead_letters(all()).await.unwrap().rows.is_empty());
+    let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
+    assert!(start.ended.contains(&row(&entries[1])), "the frontier has not passed it: {:?}", start.ended);
+}
+
+pub(super) async fn a_pause_outlives_a_restart_until_it_is_cleared<K: Kind>(kind: K) {
+    append(&kind.log(), &["0"]).await;
+    kind.log().open_branch(&branch(), Start::Earliest).await.unwrap();
+    let pause = StoredPause { cause: "operator".into(), note: "by hand".into(), since: kind.clock().now() };
+    settle(&kind.shelf(), Settlement { pause: Some(Some(pause.clone())), ..Settlement::default() }).await;
+    let kind = kind.reopen().await;
+    assert_eq!(kind.log().open_branch(&branch(), Start::Latest).await.unwrap().pause, Some(pause));
+    settle(&kind.shelf(), Settlement { pause: Some(None), ..Settlement::default() }).await;
+    let kind = kind.reopen().await;
+    assert_eq!(kind.log().open_branch(&branch(), Start::Latest).await.unwrap().pause, None);
+}
+
+pub(super) async fn marks_outlive_a_restart_until_the_frontier_has_passed<K: Kind>(kind: K) {
+    three(&kind).await;
+    for _ in 0..2 {
+        settle(&kind.shelf(), Settlement { mark: Some(Position(1)), ..Settlement::default() }).await;
+    }
+    let kind = kind.reopen().await;
+    assert_eq!(kind.log().open_branch(&branch(), Start::Latest).await.unwrap().marks, [(Position(1), 2)]);
+    settle_to(&kind.shelf(), 1).await;
+    let kind = kind.reopen().await;
+    assert!(kind.log().open_branch(&branch(), Start::Latest).await.unwrap().marks.is_empty());
+}
