@@ -181,7 +181,7 @@ pub(super) async fn ends_above_the_frontier_are_remembered<K: Kind>(kind: K) {
     let entries = three(&kind).await;
     let dead = vec![letter(&kind, &entries[1], DeadReason::Refused, false)];
     let aside = vec![aside(&kind, &entries[2], 1)];
-    settle(&kind.shelf(), Settlement { dead, aside, ..Settlement::default() }).await;
+    settle(&kind.shelf(), Settlement { aside, dead, ..Settlement::default() }).await;
     let kind = kind.reopen().await;
     let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
     assert_eq!(start.cursor, Position(0));
