@@ -8,7 +8,7 @@ use tracing::info;
 use utoipa::ToSchema;
 
 use super::{Answer, View, request};
-use crate::ingest::reply::{self, Problem, ProblemBody};
+use crate::ingest::reply::{self, Problem};
 use crate::pipeline::branch::{BranchHandle, Skip};
 use crate::record::RecordId;
 use crate::source::BranchName;
@@ -45,7 +45,7 @@ pub(super) struct Done {
     request_body = PauseOrder,
     responses(
         (status = 200, description = "It pauses, and that is durable", body = Done),
-        (status = 404, description = "`no_namespace` or `no_branch`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 404, description = "`no_namespace` or `no_branch`"),
     ))]
 pub(super) async fn pause(view: &View, branch: &str, order: PauseOrder) -> Answer {
     let (name, handle) = find(view, branch)?;
@@ -58,7 +58,7 @@ pub(super) async fn pause(view: &View, branch: &str, order: PauseOrder) -> Answe
     params(("ns" = String, Path, description = "The namespace"), ("branch" = String, Path, description = "`sink` or `sink@region`")),
     responses(
         (status = 200, description = "It sends again", body = Done),
-        (status = 404, description = "`no_namespace` or `no_branch`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 404, description = "`no_namespace` or `no_branch`"),
     ))]
 pub(super) async fn resume(view: &View, branch: &str) -> Answer {
     let (name, handle) = find(view, branch)?;
@@ -72,8 +72,8 @@ pub(super) async fn resume(view: &View, branch: &str) -> Answer {
     request_body = SkipOrder,
     responses(
         (status = 200, description = "It is in the dead letters", body = Done),
-        (status = 404, description = "`no_namespace` or `no_branch`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 409, description = "`nothing_to_skip`: no such delivery waits here, or it is under way", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 404, description = "`no_namespace` or `no_branch`"),
+        (status = 409, description = "`nothing_to_skip`: no such delivery waits here, or it is under way"),
     ))]
 pub(super) async fn skip(view: &View, branch: &str, order: SkipOrder) -> Answer {
     let (name, handle) = find(view, branch)?;

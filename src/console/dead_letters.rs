@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 use super::request::{self, Query};
 use super::{Answer, View};
 use crate::clock::Timestamp;
-use crate::ingest::reply::{self, Problem, ProblemBody};
+use crate::ingest::reply::{self, Problem};
 use crate::record::{Position, RecordId};
 use crate::source::{BranchName, DeadLetter, DeadQuery, DeadReason, Replayed};
 
@@ -114,8 +114,6 @@ struct Letter {
     ),
     responses(
         (status = 200, description = "A page", body = DeadPage),
-        (status = 400, description = "`malformed`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
     ))]
 pub(super) async fn list(view: &View, query: &Query) -> Answer {
     let reason = query.text("reason").map(|text| serde_json::from_value(Value::String(text)));
@@ -142,9 +140,7 @@ pub(super) async fn list(view: &View, query: &Query) -> Answer {
     request_body = Which,
     responses(
         (status = 200, description = "How many", body = Replayed),
-        (status = 400, description = "`malformed`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 409, description = "`overtaken`: its key has moved on; say `force`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "`overtaken`: its key has moved on; say `force`"),
     ))]
 pub(super) async fn replay(view: &View, which: Which) -> Answer {
     let force = which.force;
@@ -171,8 +167,6 @@ pub(super) struct Purged {
     request_body = Which,
     responses(
         (status = 200, description = "How many", body = Purged),
-        (status = 400, description = "`malformed`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
     ))]
 pub(super) async fn purge(view: &View, which: Which) -> Answer {
     let purged = view.shelf.purge(which.query()?).await?;

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use super::{Answer, Instance, View, request};
 use crate::clock::Timestamp;
-use crate::ingest::reply::{self, Problem, ProblemBody};
+use crate::ingest::reply::{self, Problem};
 use crate::record::{Position, RecordId};
 use crate::source::{BranchName, Fate, Found};
 
@@ -47,8 +47,7 @@ struct BranchFate {
     params(("id" = String, Path, description = "The `messageId` of its answer")),
     responses(
         (status = 200, description = "Where it is", body = Message),
-        (status = 400, description = "`malformed`: no id", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_message`: it never was accepted, or ended longer ago than is kept", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 404, description = "`no_message`: it never was accepted, or ended longer ago than is kept"),
     ))]
 pub(super) async fn find(instance: &dyn Instance, id: &str) -> Answer {
     let id = request::id(id)?;

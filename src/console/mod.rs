@@ -24,7 +24,7 @@ pub use openapi::openapi;
 pub use status::ConfigState;
 
 use crate::clock::{Clock, Timestamp};
-use crate::ingest::reply::{self, Problem, ProblemBody};
+use crate::ingest::reply::{self, Problem};
 use crate::ingest::{Asked, Keys, Received};
 use crate::pipeline::branch::BranchHandle;
 use crate::pipeline::plan::Plan;
@@ -186,8 +186,7 @@ struct Deleted<'a> {
     params(("ns" = String, Path, description = "The namespace")),
     responses(
         (status = 200, description = "It is gone", body = Deleted),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 409, description = "`in_use`: its file is still there", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 409, description = "`in_use`: its file is still there"),
     ))]
 async fn delete(instance: &dyn Instance, name: &str) -> Answer {
     match instance.delete(name.to_owned()).await {

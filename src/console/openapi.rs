@@ -4,7 +4,9 @@ use std::sync::{Arc, LazyLock};
 
 use http::StatusCode;
 use utoipa::OpenApi as _;
+use utoipa::openapi::path::Operation;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, Http, HttpAuthScheme, SecurityScheme};
+use utoipa::openapi::{Content, Ref, RefOr, Response};
 
 use super::{Answer, branches, dead_letters, message, metrics, scheduled, status};
 use crate::ingest;
@@ -61,8 +63,41 @@ pub fn openapi() -> String {
     let mut own = Contract::openapi();
     all.info = std::mem::take(&mut own.info);
     all.merge(own);
+    for (path, item) in &mut all.paths.paths {
+        [&mut item.get, &mut item.post, &mut item.delete]
+            .into_iter()
+            .flatten()
+            .for_each(|operation| add_refusals(path, operation));
+    }
     // The types are plain data, which always has a JSON form.
     all.to_pretty_json().unwrap_or_default() + "\n"
+}
+
+/// Adds what every route of its kind refuses, and the body that all refusals have.
+fn add_refusals(path: &str, operation: &mut Operation) {
+    let responses = &mut operation.responses.responses;
+    if operation.security.is_none() {
+        let mut add = |status: &str, description: &str| {
+            let common = || RefOr::T(Response::new(description));
+            responses.entry(status.to_owned()).or_insert_with(common);
+        };
+        add("400", "`malformed`: the request cannot be read");
+        add("401", "`unauthorized`: no key, or a wrong one");
+        if path.contains("{ns}") {
+            add("404", "`no_namespace`");
+        }
+        if path.starts_with("/api/v1/wal/") {
+            add("503", "`log`: the log has failed; see Retry-After");
+        }
+    }
+    for (_, response) in responses.iter_mut().filter(|(status, _)| status.starts_with(['4', '5'])) {
+        if let RefOr::T(response) = response
+            && response.content.is_empty()
+        {
+            let body = Content::new(Some(Ref::from_schema_name("Problem")));
+            response.content.insert("application/problem+json".to_owned(), RefOr::T(body));
+        }
+    }
 }
 
 /// Describes this interface

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 use super::request::{self, Query};
 use super::{Answer, View};
 use crate::clock::Timestamp;
-use crate::ingest::reply::{self, Problem, ProblemBody};
+use crate::ingest::reply::{self, Problem};
 use crate::record::RecordId;
 use crate::source::{ParkedQuery, ParkedRow, Scheduled};
 
@@ -43,9 +43,7 @@ struct ScheduledItem {
     ),
     responses(
         (status = 200, description = "A page", body = ScheduledPage),
-        (status = 400, description = "`malformed`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 501, description = "`unsupported`: this source keeps no list", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 501, description = "`unsupported`: this source keeps no list"),
     ))]
 pub(super) async fn list(view: &View, query: &Query) -> Answer {
     able(view)?;
@@ -86,9 +84,7 @@ pub(super) struct Cancelled {
     ),
     responses(
         (status = 200, description = "How many, once that is durable; what is being released is not counted", body = Cancelled),
-        (status = 400, description = "`malformed`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 501, description = "`unsupported`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 501, description = "`unsupported`"),
     ))]
 pub(super) async fn cancel(view: &View, query: &Query) -> Answer {
     cancel_which(view, which(query.text("id"), query.text("key"))?).await
@@ -99,9 +95,7 @@ pub(super) async fn cancel(view: &View, query: &Query) -> Answer {
     params(("ns" = String, Path, description = "The namespace"), ("id" = String, Path, description = "Its `messageId`")),
     responses(
         (status = 200, description = "1, or 0 when it does not wait any more", body = Cancelled),
-        (status = 400, description = "`malformed`: no id", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 501, description = "`unsupported`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 501, description = "`unsupported`"),
     ))]
 pub(super) async fn cancel_one(view: &View, id: &str) -> Answer {
     cancel_which(view, Scheduled::Id(request::id(id)?)).await
@@ -138,9 +132,7 @@ pub(super) struct Moved {
     request_body = Move,
     responses(
         (status = 200, description = "How many, once that is durable", body = Moved),
-        (status = 400, description = "`malformed`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 501, description = "`unsupported`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 501, description = "`unsupported`"),
     ))]
 pub(super) async fn reschedule(view: &View, order: Move) -> Answer {
     able(view)?;

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use super::{Absent, Answer, Instance, View, unknown};
 use crate::clock::Timestamp;
-use crate::ingest::reply::{self, ProblemBody};
+use crate::ingest::reply;
 use crate::pipeline::branch::{BranchHandle, Pause};
 use crate::record::Position;
 use crate::source::{BranchName, ParkedQuery, ShelfCounts};
@@ -241,7 +241,6 @@ fn config(state: ConfigState, problem: Option<&Diagnostic>) -> Config {
     params(("ns" = String, Path, description = "The namespace")),
     responses(
         (status = 200, description = "It runs or drains; one that cannot run has only `namespace`, `config` and `reason`", body = NamespaceStatus),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
     ))]
 pub(super) async fn of(instance: &dyn Instance, view: &View) -> Answer {
     let counts = view.shelf.counts();
@@ -272,7 +271,6 @@ pub(super) async fn of(instance: &dyn Instance, view: &View) -> Answer {
     params(("ns" = String, Path, description = "The namespace")),
     responses(
         (status = 200, description = "Each (sink, region)", body = Vec<BranchState>),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
     ))]
 pub(super) fn branches(instance: &dyn Instance, view: &View) -> warp::reply::Response {
     reply::json(StatusCode::OK, &states(instance, view, &view.shelf.counts()))

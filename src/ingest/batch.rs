@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use warp::reply::Reply as _;
 
 use super::decode::Envelope;
-use super::reply::{Problem, ProblemBody};
+use super::reply::Problem;
 use super::write::{Accepted, LARGEST_BODY, answer, is_json};
 use super::{Directory, Incoming, Inlet, decode};
 use crate::source::Write;
@@ -36,8 +36,7 @@ type Answers = mpsc::Sender<Result<Bytes, std::convert::Infallible>>;
     request_body(content = Envelope, content_type = "application/x-ndjson", description = "One write a line"),
     responses(
         (status = 200, description = "One result a line: what a single write would have been answered", body = Accepted, content_type = "application/x-ndjson"),
-        (status = 401, description = "`unauthorized`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 415, description = "`content_type`: the body is not NDJSON", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 415, description = "`content_type`: the body is not NDJSON"),
     )
 )]
 pub(super) fn batch(directory: Arc<dyn Directory>, headers: HeaderMap, body: Incoming) -> warp::reply::Response {

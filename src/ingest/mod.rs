@@ -30,7 +30,7 @@ use reply::Problem;
 
 /// The routes for writes, as OpenAPI.
 #[derive(utoipa::OpenApi)]
-#[openapi(paths(write::write, batch::batch))]
+#[openapi(paths(write::write, batch::batch), components(schemas(reply::ProblemBody)))]
 pub struct Contract;
 
 /// The way into one namespace, as its file in force has it.

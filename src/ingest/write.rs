@@ -7,7 +7,7 @@ use http::{HeaderMap, StatusCode};
 use serde::Serialize;
 
 use super::decode::Envelope;
-use super::reply::{self, Durable, Problem, ProblemBody};
+use super::reply::{self, Durable, Problem};
 use super::{Directory, Incoming, Inlet, decode, read_all};
 use crate::clock::Timestamp;
 use crate::record::RecordId;
@@ -28,19 +28,16 @@ pub(super) const LARGEST_BODY: u64 = (16 << 20) / 3 * 4 + (64 << 10);
     request_body = Envelope,
     responses(
         (status = 202, description = "Durable now", body = Accepted),
-        (status = 400, description = "`malformed`: cannot be read", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 401, description = "`unauthorized`: no key, or a wrong one", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 404, description = "`no_namespace`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 408, description = "`slow_body`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 409, description = "`key_running`: the first write with this idempotency key is still under way", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 413, description = "`too_large`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 415, description = "`content_type`: the body is not JSON", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 422, description = "`schema`, `delay`, `target`, `key` or `key_reused`", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 429, description = "`in_flight` or `rate`; see Retry-After", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 501, description = "`unsupported`: the namespace's source cannot do this", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, description = "`stopping`, `busy`, `backlog_full`, `broken` or `closed`; see Retry-After", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 504, description = "`unknown`: nobody can say whether it is durable; repeat it with the same idempotency key", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 507, description = "`disk_full`", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 408, description = "`slow_body`"),
+        (status = 409, description = "`key_running`: the first write with this idempotency key is still under way"),
+        (status = 413, description = "`too_large`"),
+        (status = 415, description = "`content_type`: the body is not JSON"),
+        (status = 422, description = "`schema`, `delay`, `target`, `key` or `key_reused`"),
+        (status = 429, description = "`in_flight` or `rate`; see Retry-After"),
+        (status = 501, description = "`unsupported`: the namespace's source cannot do this"),
+        (status = 503, description = "`stopping`, `busy`, `backlog_full`, `broken` or `closed`; see Retry-After"),
+        (status = 504, description = "`unknown`: nobody can say whether it is durable; repeat it with the same idempotency key"),
+        (status = 507, description = "`disk_full`"),
     )
 )]
 pub(super) async fn write(

@@ -39,6 +39,7 @@ async fn every_route_of_the_contract_is_there_and_asks_for_a_key_unless_it_says_
             for wrong in [None, Some("wrong")] {
                 let (status, _) = ask(&running, &method, &path, wrong).await;
                 assert_eq!(status == 401, !open, "{method} {path} with {wrong:?}: {status}");
+                assert_eq!(operation["responses"]["401"].is_object(), !open, "{method} {path}");
             }
             let (status, answer) = ask(&running, &method, &path, Some("sesame")).await;
             let code = answer["code"].as_str().unwrap_or_default();
