@@ -135,10 +135,11 @@ impl Reading {
     pub(super) fn report(&self) {
         for problem in &self.problems {
             let (code, file, line) = (problem.code.as_str(), &*problem.file, problem.line);
+            let help = problem.help.as_deref();
             if problem.is_error() {
-                error!(code, file, line, "{}", problem.message);
+                error!(code, file, line, help, "{}", problem.message);
             } else {
-                warn!(code, file, line, "{}", problem.message);
+                warn!(code, file, line, help, "{}", problem.message);
             }
         }
     }
