@@ -3,6 +3,38 @@
 use std::fs;
 use std::path::Path;
 
+use bytes::Bytes;
+
+use crate::clock::Timestamp;
+use crate::record::{Record, RecordId};
+
+/// The binary's own, since scripts are bounded by its count.
+#[cfg(target_os = "linux")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// 2021-01-01T00:00:00Z.
+pub(crate) const NEW_YEAR: Timestamp = Timestamp::from_millis(1_609_459_200_000);
+
+/// A record written at [`NEW_YEAR`] with this payload and nothing else.
+pub(crate) fn record(payload: &str) -> Record {
+    Record {
+        id: RecordId::new(NEW_YEAR, 1, 7, 42),
+        written_at: NEW_YEAR,
+        due_at: None,
+        key: None,
+        headers: Vec::new(),
+        target: None,
+        priority: None,
+        tags: Vec::new(),
+        origin: None,
+        idempotency_key: None,
+        epoch: 1,
+        binary: false,
+        payload: Bytes::copy_from_slice(payload.as_bytes()),
+    }
+}
+
 /// Compares a generated text with the file that is checked in; `WALFLOW_REGENERATE=1` writes the file anew.
 pub(crate) fn checked_in(path: &str, generated: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::{Operation, SinkContext};
-use crate::clock::{Clock, Timestamp};
-use crate::record::{Record, RecordId};
+use crate::clock::Clock;
+use crate::record::Record;
+use crate::testing;
 use crate::transform::Event;
 
 /// A context whose clock stands at 2021-01-01T00:00:00Z.
@@ -15,7 +14,7 @@ pub(super) fn context() -> SinkContext {
         folder: std::env::temp_dir(),
         namespace: "orders".into(),
         sink: "main".into(),
-        clock: Clock::manual(Timestamp::from_millis(1_609_459_200_000)),
+        clock: Clock::manual(testing::NEW_YEAR),
     }
 }
 
@@ -26,21 +25,7 @@ pub(super) fn operation(payload: &str) -> Operation {
 
 /// An operation with this payload, its record changed first.
 pub(super) fn operation_with(payload: &str, change: impl FnOnce(&mut Record)) -> Operation {
-    let mut record = Record {
-        id: RecordId::new(Timestamp::from_millis(1_609_459_200_000), 1, 7, 42),
-        written_at: Timestamp::from_millis(1_609_459_200_000),
-        due_at: None,
-        key: None,
-        headers: Vec::new(),
-        target: None,
-        priority: None,
-        tags: Vec::new(),
-        origin: None,
-        idempotency_key: None,
-        epoch: 1,
-        binary: false,
-        payload: Bytes::copy_from_slice(payload.as_bytes()),
-    };
+    let mut record = testing::record(payload);
     change(&mut record);
     Operation { event: Event::original(Arc::new(record)), case: 0, region: None }
 }

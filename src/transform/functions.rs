@@ -273,16 +273,30 @@ pub fn functions_table() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
     fn the_table_that_is_checked_in_is_that_of_the_code() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/transform/FUNCTIONS.md");
-        if std::env::var_os("WALFLOW_REGENERATE").is_some() {
-            std::fs::write(path, functions_table()).unwrap();
-        }
-        let stored = std::fs::read_to_string(path).unwrap_or_default();
-        let how = "run `WALFLOW_REGENERATE=1 cargo test --lib transform::functions` and look at the difference";
-        assert!(stored == functions_table(), "FUNCTIONS.md differs from the code; {how}");
+        crate::testing::checked_in("src/transform/FUNCTIONS.md", &functions_table());
+    }
+
+    /// The name in a signature and how many arguments it takes.
+    fn shape(signature: &str) -> (String, usize) {
+        let (name, rest) = signature.split_once('(').unwrap();
+        let arguments = rest.split_once(')').unwrap().0;
+        let count = arguments.split(',').filter(|argument| !argument.trim().is_empty()).count();
+        (name.trim().to_owned(), count)
+    }
+
+    #[test]
+    fn the_table_names_what_is_registered_and_nothing_else() {
+        let mut engine = Engine::new_raw();
+        register(&mut engine);
+        let registered: BTreeSet<_> = engine.gen_fn_signatures(false).iter().map(|line| shape(line)).collect();
+        let listed: BTreeSet<_> = TABLE.iter().map(|entry| shape(entry.signature)).collect();
+        assert_eq!(registered, listed);
+        assert!(listed.len() > 25, "the signatures were not read");
     }
 }

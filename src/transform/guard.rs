@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::Fault;
 use crate::clock::Clock;
 use crate::record::{Headers, Record};
 use crate::source::Child;
@@ -153,14 +152,13 @@ impl Run {
 }
 
 impl Ended {
-    /// The fault that this end is, in the words of `stage`; `None` for `drop()`.
-    pub(super) fn into_fault(self, stage: &str) -> Option<Fault> {
-        let message = match self {
-            Self::Dropped => return None,
-            Self::Failed(why) => why,
-            Self::Stopped(stopped) => stopped.to_string().into(),
-        };
-        Some(Fault { stage: stage.into(), message })
+    /// Why it failed; `None` for `drop()`.
+    pub(super) fn why(&self) -> Option<String> {
+        match self {
+            Self::Dropped => None,
+            Self::Failed(why) => Some(why.to_string()),
+            Self::Stopped(stopped) => Some(stopped.to_string()),
+        }
     }
 }
 

@@ -15,6 +15,8 @@ mod program;
 mod run;
 mod scan;
 mod schema;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::Arc;

@@ -91,14 +91,15 @@ impl Program {
         });
         let Some(run) = run else { return Err(self.fault("the script lost its run")) };
         let dropped = run.ended == Some(Ended::Dropped);
-        if let Some(fault) = run.ended.and_then(|ended| ended.into_fault(&self.name)) {
-            return Err(self.fault(fault.message));
-        }
         let left = match result {
             Err(_) => return Err(self.fault("the script made the engine panic")),
             Ok(Err(_)) if dropped => Left { answer: Answer::Other("()"), payload: None, key: None, headers: None },
             Ok(left) => left?,
         };
+        // Whatever a script or the library makes of the error that ends a run: ended is ended.
+        if let Some(why) = run.ended.as_ref().and_then(Ended::why) {
+            return Err(self.fault(why));
+        }
         Ok(Ran {
             answer: left.answer,
             dropped,
@@ -184,7 +185,9 @@ impl Program {
             inner = cause;
         }
         let place = inner.position();
+        let why = guard::with_run(|run| run.ended.as_ref().and_then(Ended::why)).flatten();
         let message = match inner {
+            _ if why.is_some() => why.unwrap_or_default(),
             EvalAltResult::ErrorRuntime(value, _) if value.is_string() => value.to_string(),
             EvalAltResult::ErrorRuntime(value, _) => match convert::write(value) {
                 Ok(json) => String::from_utf8_lossy(&json).into_owned(),

@@ -323,7 +323,6 @@ impl Lanes {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
     use proptest::prelude::*;
 
     use super::*;
@@ -332,18 +331,8 @@ mod tests {
     fn delivery(position: u64, key: Option<&str>) -> Delivery {
         let record = Record {
             id: RecordId::new(Timestamp::MIN, 0, 1, position),
-            written_at: Timestamp::MIN,
-            due_at: None,
             key: key.map(Into::into),
-            headers: Vec::new(),
-            target: None,
-            priority: None,
-            tags: Vec::new(),
-            origin: None,
-            idempotency_key: None,
-            epoch: 0,
-            binary: false,
-            payload: Bytes::from_static(b"{}"),
+            ..crate::testing::record("{}")
         };
         Delivery::new(RowKey { position: Position(position), child: 0 }, Event::original(Arc::new(record)), 0, true)
     }

@@ -7,7 +7,6 @@ mod outage;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
@@ -131,18 +130,8 @@ impl Bench {
     async fn write(&self, number: u64, key: Option<&str>) -> RecordId {
         let record = Record {
             id: RecordId::from_bytes([0; 16]),
-            written_at: Timestamp::MIN,
-            due_at: None,
             key: key.map(Into::into),
-            headers: Vec::new(),
-            target: None,
-            priority: None,
-            tags: Vec::new(),
-            origin: None,
-            idempotency_key: None,
-            epoch: 0,
-            binary: false,
-            payload: Bytes::from(format!(r#"{{"n":{number}}}"#)),
+            ..crate::testing::record(&format!(r#"{{"n":{number}}}"#))
         };
         match self.log.admit(vec![Write { record, due_at: None, idempotency: None }]).await.unwrap().remove(0) {
             crate::source::Admitted::Appended { id, .. } => id,

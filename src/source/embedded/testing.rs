@@ -14,17 +14,9 @@ pub(crate) fn record(key: Option<&str>, payload: &str) -> Record {
     Record {
         id: RecordId::from_bytes([0; 16]),
         written_at: Timestamp::MIN,
-        due_at: None,
         key: key.map(Into::into),
-        headers: Vec::new(),
-        target: None,
-        priority: None,
-        tags: Vec::new(),
-        origin: None,
-        idempotency_key: None,
         epoch: 0,
-        binary: false,
-        payload: Bytes::copy_from_slice(payload.as_bytes()),
+        ..crate::testing::record(payload)
     }
 }
 

@@ -38,13 +38,15 @@ pub(super) fn register(engine: &mut Engine) {
 
 fn replaced(text: &str, pattern: &str, with: &str) -> Answer<ImmutableString> {
     let (mut out, mut last) = (String::new(), 0);
+    let groups = with.matches('$').count();
     for captures in compiled(pattern)?.captures_iter(text) {
         let whole = captures.get_match();
         out.push_str(text.get(last..whole.start()).unwrap_or_default());
+        // A replacement may name a group many times, no group is longer than the match, and the buffer may double.
+        let most = with.len().saturating_add(groups.saturating_mul(whole.len()));
+        afford(out.len().saturating_mul(2).saturating_add(most))?;
         captures.expand(with, &mut out);
         last = whole.end();
-        // A replacement may name a group many times, and the buffer double at the next push.
-        afford(out.len().saturating_mul(2))?;
     }
     out.push_str(text.get(last..).unwrap_or_default());
     Ok(out.into())
