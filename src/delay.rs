@@ -159,3 +159,131 @@ fn spread(checksum: u32) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::record::Record;
+    use crate::testing::{NEW_YEAR, record};
+    use crate::transform::{Compiler, Place};
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn expression(text: &str) -> Expression {
+        let place = Place { file: "orders.yaml".into(), line: 1, column: 1 };
+        Compiler::new(Clock::manual(NEW_YEAR), BTreeMap::new()).expression("delay", text, &place).unwrap()
+    }
+
+    fn rule(rule: DelayRule) -> Delay {
+        Delay { rule: Some(rule), jitter: Duration::ZERO, max: 24 * HOUR }
+    }
+
+    fn event(key: Option<&str>, payload: &str) -> Event {
+        Event::original(Arc::new(Record { key: key.map(Into::into), ..record(payload) }))
+    }
+
+    /// How long after now a record of this payload is due.
+    fn wait(delay: &Delay, request: RequestedDelay, payload: &str) -> Result<Option<Duration>, DelayFault> {
+        let due = due(Some(delay), &request, &event(Some("k"), payload), NEW_YEAR)?;
+        Ok(due.map(|due| due.since(NEW_YEAR)))
+    }
+
+    fn by_file(delay: &Delay, payload: &str) -> Result<Option<Duration>, DelayFault> {
+        wait(delay, RequestedDelay::default(), payload)
+    }
+
+    #[test]
+    fn without_any_word_a_record_is_due_at_once() {
+        let none = Delay { rule: None, jitter: HOUR, max: 24 * HOUR };
+        assert_eq!(by_file(&none, "{}"), Ok(None));
+        assert_eq!(due(None, &RequestedDelay::default(), &event(None, "{}"), NEW_YEAR), Ok(None));
+    }
+
+    #[test]
+    fn the_requests_time_comes_before_its_delay_and_both_before_the_file() {
+        let file = rule(DelayRule::Fixed(HOUR));
+        let delay = Some(2 * HOUR);
+        let deliver_at = Some(NEW_YEAR.saturating_add(3 * HOUR));
+        assert_eq!(by_file(&file, "{}"), Ok(Some(HOUR)));
+        assert_eq!(wait(&file, RequestedDelay { delay, ..RequestedDelay::default() }, "{}"), Ok(Some(2 * HOUR)));
+        let both = RequestedDelay { delay, deliver_at, jitter: None };
+        assert_eq!(wait(&file, both, "{}"), Ok(Some(3 * HOUR)));
+        let now = RequestedDelay { delay: Some(Duration::ZERO), ..RequestedDelay::default() };
+        assert_eq!(wait(&file, now, "{}"), Ok(None), "no delay is a word too");
+    }
+
+    #[test]
+    fn a_past_time_is_now() {
+        let file = rule(DelayRule::Until(expression("payload.at")));
+        assert_eq!(by_file(&file, r#"{"at":"2020-12-31T23:59:59Z"}"#), Ok(None));
+        assert_eq!(by_file(&file, r#"{"at":0}"#), Ok(None));
+        assert_eq!(by_file(&rule(DelayRule::For(expression("-5"))), "{}"), Ok(None));
+    }
+
+    #[test]
+    fn expressions_give_seconds_or_a_time_with_any_offset() {
+        let seconds = rule(DelayRule::For(expression("if payload.vip { 0 } else { 1.5 }")));
+        assert_eq!(by_file(&seconds, r#"{"vip":false}"#), Ok(Some(Duration::from_millis(1_500))));
+        assert_eq!(by_file(&seconds, r#"{"vip":true}"#), Ok(None));
+        let until = rule(DelayRule::Until(expression("payload.at")));
+        assert_eq!(by_file(&until, r#"{"at":"2021-01-01T02:00:00+01:00"}"#), Ok(Some(HOUR)));
+        assert_eq!(by_file(&until, r#"{"at":1609462800}"#), Ok(Some(HOUR)), "seconds since 1970");
+    }
+
+    #[test]
+    fn an_expression_that_gives_neither_is_refused_with_what_it_should_give() {
+        let time = rule(DelayRule::For(expression("payload.at")));
+        let fault = by_file(&time, r#"{"at":"2021-01-02T00:00:00Z"}"#).unwrap_err().to_string();
+        assert!(fault.contains("delay.for gave the time 2021-01-02") && fault.contains("delay.until"), "{fault}");
+        assert!(matches!(by_file(&time, r#"{"at":true}"#), Err(DelayFault::Expression(_))));
+        assert!(matches!(by_file(&time, "no json"), Err(DelayFault::Expression(_))));
+        let huge = rule(DelayRule::Until(expression("1e300")));
+        assert!(matches!(by_file(&huge, "{}"), Err(DelayFault::Wrong { .. })));
+    }
+
+    #[test]
+    fn nobody_may_wait_longer_than_max() {
+        let file = rule(DelayRule::For(expression("payload.s")));
+        assert_eq!(by_file(&file, r#"{"s":86400}"#), Ok(Some(24 * HOUR)));
+        let fault = by_file(&file, r#"{"s":86401}"#).unwrap_err();
+        assert_eq!(fault, DelayFault::TooLong { asked: Span(24 * HOUR + SECOND), max: Span(24 * HOUR) });
+        let request = RequestedDelay { deliver_at: Some(Timestamp::MAX), ..RequestedDelay::default() };
+        assert!(matches!(wait(&file, request, "{}"), Err(DelayFault::TooLong { .. })));
+        let request = RequestedDelay { delay: Some(DEFAULT_MAX + SECOND), ..RequestedDelay::default() };
+        assert!(matches!(due(None, &request, &event(None, "{}"), NEW_YEAR), Err(DelayFault::TooLong { .. })));
+    }
+
+    #[test]
+    fn jitter_is_added_within_its_bound_and_within_max() {
+        let file = Delay { jitter: HOUR, ..rule(DelayRule::Fixed(HOUR)) };
+        let waits = |delay: &Delay, request: RequestedDelay| -> Vec<Duration> {
+            let one = |_| due(Some(delay), &request, &event(None, "{}"), NEW_YEAR).unwrap();
+            (0..200).map(one).map(|due| due.map_or(Duration::ZERO, |due| due.since(NEW_YEAR))).collect()
+        };
+        let mut drawn = waits(&file, RequestedDelay::default());
+        assert!(drawn.iter().all(|wait| (HOUR..=2 * HOUR).contains(wait)));
+        drawn.sort_unstable();
+        drawn.dedup();
+        assert!(drawn.len() > 100, "records without a key spread");
+        let request = RequestedDelay { jitter: Some(SECOND), ..RequestedDelay::default() };
+        assert!(waits(&file, request).iter().all(|wait| (HOUR..=HOUR + SECOND).contains(wait)), "the request's wins");
+        let cut = Delay { max: HOUR + SECOND, ..file };
+        assert!(waits(&cut, RequestedDelay::default()).iter().all(|wait| *wait <= HOUR + SECOND));
+    }
+
+    #[test]
+    fn records_of_one_key_get_one_jitter_and_so_keep_their_order() {
+        let file = Delay { jitter: HOUR, ..rule(DelayRule::Fixed(SECOND)) };
+        let of = |key: &str| due(Some(&file), &RequestedDelay::default(), &event(Some(key), "{}"), NEW_YEAR).unwrap();
+        let mut seen: Vec<_> = (0..100).map(|n| of(&format!("user-{n}"))).collect();
+        assert_eq!(seen, (0..100).map(|n| of(&format!("user-{n}"))).collect::<Vec<_>>());
+        seen.sort_unstable();
+        seen.dedup();
+        assert!(seen.len() > 90, "keys spread");
+    }
+}

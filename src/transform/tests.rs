@@ -277,6 +277,11 @@ mod same_again {
     }
 
     #[test]
+    fn a_variable_of_the_scripts_own_does_not_stand_for_the_payload() {
+        assert_eq!(after("payload.a = 1; let payload = 5; let key = \"x\";", "{}"), r#"{"a":1}"#);
+    }
+
+    #[test]
     fn nothing_stays_from_one_record_to_the_next() {
         let text = script("payload.n = (payload?.n ?? 0) + 1; key = payload.n;");
         for _ in 0..3 {
