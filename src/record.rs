@@ -232,6 +232,25 @@ fn put(out: &mut Vec<u8>, tag: u8, bytes: &[u8]) {
 }
 
 impl Record {
+    /// A record with nothing but a payload: no key, no headers, due at once, for every target, epoch 0.
+    pub const fn new(id: RecordId, written_at: Timestamp, payload: Bytes) -> Self {
+        Self {
+            id,
+            written_at,
+            due_at: None,
+            key: None,
+            headers: Vec::new(),
+            target: None,
+            priority: None,
+            tags: Vec::new(),
+            origin: None,
+            idempotency_key: None,
+            epoch: 0,
+            binary: false,
+            payload,
+        }
+    }
+
     /// Appends the record's entries to `out`: each is a tag (u8), a length (u32 LE) and that many bytes; payload last.
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.reserve(128 + self.payload.len());
@@ -286,21 +305,7 @@ impl Record {
     /// # Errors
     /// When an entry is cut short, a text is not UTF-8, or id, time or payload are missing.
     pub fn decode(bytes: &Bytes) -> Result<Self, Malformed> {
-        let mut record = Self {
-            id: RecordId::from_bytes([0; 16]),
-            written_at: Timestamp::MIN,
-            due_at: None,
-            key: None,
-            headers: Vec::new(),
-            target: None,
-            priority: None,
-            tags: Vec::new(),
-            origin: None,
-            idempotency_key: None,
-            epoch: 0,
-            binary: false,
-            payload: Bytes::new(),
-        };
+        let mut record = Self::new(RecordId::from_bytes([0; 16]), Timestamp::MIN, Bytes::new());
         let (mut has_id, mut has_payload) = (false, false);
         let mut at = 0;
         while at < bytes.len() {

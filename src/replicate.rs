@@ -38,21 +38,8 @@ mod tests {
     use crate::record::{RecordId, Target};
 
     fn record(target: Option<Target>, origin: Option<&str>) -> Record {
-        Record {
-            id: RecordId::new(Timestamp::MIN, 0, 1, 0),
-            written_at: Timestamp::MIN,
-            due_at: None,
-            key: None,
-            headers: Vec::new(),
-            target,
-            priority: None,
-            tags: Vec::new(),
-            origin: origin.map(Into::into),
-            idempotency_key: None,
-            epoch: 0,
-            binary: false,
-            payload: Bytes::new(),
-        }
+        let bare = Record::new(RecordId::new(Timestamp::MIN, 0, 1, 0), Timestamp::MIN, Bytes::new());
+        Record { target, origin: origin.map(Into::into), ..bare }
     }
 
     #[test]

@@ -18,21 +18,8 @@ pub(crate) const NEW_YEAR: Timestamp = Timestamp::from_millis(1_609_459_200_000)
 
 /// A record written at [`NEW_YEAR`] with this payload and nothing else.
 pub(crate) fn record(payload: &str) -> Record {
-    Record {
-        id: RecordId::new(NEW_YEAR, 1, 7, 42),
-        written_at: NEW_YEAR,
-        due_at: None,
-        key: None,
-        headers: Vec::new(),
-        target: None,
-        priority: None,
-        tags: Vec::new(),
-        origin: None,
-        idempotency_key: None,
-        epoch: 1,
-        binary: false,
-        payload: Bytes::copy_from_slice(payload.as_bytes()),
-    }
+    let payload = Bytes::copy_from_slice(payload.as_bytes());
+    Record { epoch: 1, ..Record::new(RecordId::new(NEW_YEAR, 1, 7, 42), NEW_YEAR, payload) }
 }
 
 /// Compares a generated text with the file that is checked in; `WALFLOW_REGENERATE=1` writes the file anew.

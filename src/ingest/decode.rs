@@ -151,9 +151,6 @@ impl Envelope<'_> {
         let fingerprint = idempotency.as_ref().map(|_| self.fingerprint(&payload, key.as_deref()));
         let requested = self.lifecycle.map(lifecycle).transpose()?.unwrap_or_default();
         let record = Record {
-            id: RecordId::from_bytes([0; 16]),
-            written_at: now,
-            due_at: None,
             key,
             headers: self.headers()?,
             target,
@@ -161,9 +158,8 @@ impl Envelope<'_> {
             tags: self.tags,
             origin: inlet.origin.as_deref().map(Into::into),
             idempotency_key: idempotency.as_deref().map(Into::into),
-            epoch: 0,
             binary,
-            payload,
+            ..Record::new(RecordId::from_bytes([0; 16]), now, payload)
         };
         let due_at = if requested == RequestedDelay::default() && inlet.delay.is_none() {
             None

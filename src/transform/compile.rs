@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rhai::{Engine, Scope};
 
-use super::guard::Surroundings;
+use super::guard::{DEADLINE, Surroundings};
 use super::program::Program;
 use super::{Expression, Predicate, Transform, engine, scan};
 use crate::clock::Clock;
@@ -70,6 +71,7 @@ pub struct Compiler {
     environment: Arc<BTreeMap<String, String>>,
     namespace: Arc<str>,
     record_limit: usize,
+    deadline: Duration,
 }
 
 impl fmt::Debug for Compiler {
@@ -87,6 +89,7 @@ impl Compiler {
             environment: Arc::new(environment),
             namespace: "".into(),
             record_limit: 1 << 20,
+            deadline: DEADLINE,
         }
     }
 
@@ -94,6 +97,12 @@ impl Compiler {
     #[must_use]
     pub fn within(&self, namespace: &Namespace, record_limit: usize) -> Self {
         Self { namespace: namespace.as_str().into(), record_limit, ..self.clone() }
+    }
+
+    /// The same compiler whose scripts may run for `deadline`, so that no test depends on how fast the machine is.
+    #[cfg(test)]
+    pub(crate) fn with_deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
     }
 
     /// Compiles a chain of stages, in order.
@@ -168,6 +177,7 @@ impl Compiler {
                 namespace: Arc::clone(&self.namespace),
                 env: env.iter().map(allowed).collect(),
                 record_limit: self.record_limit,
+                deadline: self.deadline,
             }),
         })
     }

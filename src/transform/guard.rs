@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::record::{Headers, Record};
 use crate::source::Child;
 
-/// A script that has not ended after this long is stopped.
+/// How long a script may run.
 pub(super) const DEADLINE: Duration = Duration::from_millis(100);
 /// A script may hold this much more memory than when it began.
 pub(super) const MEMORY_BUDGET: u64 = 32 << 20;
@@ -32,6 +32,8 @@ pub(super) struct Surroundings {
     pub(super) env: BTreeMap<Box<str>, Option<Box<str>>>,
     /// No payload that a script makes is larger, and no text within.
     pub(super) record_limit: usize,
+    /// A script that has not ended after this long is stopped.
+    pub(super) deadline: Duration,
 }
 
 /// How a run ended before its last statement.
@@ -48,8 +50,8 @@ pub(super) enum Ended {
 /// Why the guard stopped a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Stopped {
-    #[error("the script ran for more than {} ms and was stopped", DEADLINE.as_millis())]
-    Deadline,
+    #[error("the script ran for more than {} ms and was stopped", .0.as_millis())]
+    Deadline(Duration),
     #[error("the script took more than {} MiB of memory and was stopped", MEMORY_BUDGET >> 20)]
     Memory,
 }
@@ -134,8 +136,8 @@ impl Run {
         // The clock costs more than a step: it is looked at now and then, and after what may have taken long.
         let big = held.abs_diff(self.held_last) > BIG_STEP;
         self.held_last = held;
-        if (big || steps.is_multiple_of(8)) && self.began.elapsed() > DEADLINE {
-            self.ended = Some(Ended::Stopped(Stopped::Deadline));
+        if (big || steps.is_multiple_of(8)) && self.began.elapsed() > self.around.deadline {
+            self.ended = Some(Ended::Stopped(Stopped::Deadline(self.around.deadline)));
             return true;
         }
         false

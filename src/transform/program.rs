@@ -185,9 +185,8 @@ impl Program {
             inner = cause;
         }
         let place = inner.position();
-        let why = guard::with_run(|run| run.ended.as_ref().and_then(Ended::why)).flatten();
-        let message = match inner {
-            _ if why.is_some() => why.unwrap_or_default(),
+        let ended = guard::with_run(|run| run.ended.as_ref().and_then(Ended::why)).flatten();
+        let message = ended.unwrap_or_else(|| match inner {
             EvalAltResult::ErrorRuntime(value, _) if value.is_string() => value.to_string(),
             EvalAltResult::ErrorRuntime(value, _) => match convert::write(value) {
                 Ok(json) => String::from_utf8_lossy(&json).into_owned(),
@@ -202,7 +201,7 @@ impl Program {
                 // The place is said in the file's own lines instead.
                 text.rsplit_once(" (line ").map_or(text.clone(), |(message, _)| message.to_owned())
             }
-        };
+        });
         let line = self.place.line + place.line().unwrap_or(1).saturating_sub(1);
         let message: String = message.chars().take(MESSAGE).collect();
         Fault { stage: self.name.clone(), message: format!("{}:{line}: {message}", self.place.file).into() }

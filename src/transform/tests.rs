@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -13,9 +14,13 @@ use crate::testing::{NEW_YEAR, record};
 /// The line of the file at which every text of these tests begins.
 const LINE: usize = 7;
 
+/// Far longer than any script of these tests takes on any machine.
+const PATIENCE: Duration = Duration::from_secs(600);
+
 fn compiler() -> Compiler {
     let environment = BTreeMap::from([("STAGE".to_owned(), "test".to_owned()), ("SECRET".to_owned(), "x".to_owned())]);
-    Compiler::new(Clock::manual(NEW_YEAR), environment).within(&"orders".parse().unwrap(), 64 << 10)
+    let compiler = Compiler::new(Clock::manual(NEW_YEAR), environment).with_deadline(PATIENCE);
+    compiler.within(&"orders".parse().unwrap(), 64 << 10)
 }
 
 fn place() -> Place {
@@ -318,13 +323,21 @@ mod sandbox {
 
     #[test]
     fn what_does_not_end_is_ended_at_its_line() {
-        says("let a = 1;\nloop { a += 1; }", "{}", LINE + 1, "was stopped");
-        says("\n\nwhile true { }", "{}", LINE + 2, "was stopped");
+        says("let a = 1;\nloop { a += 1; }", "{}", LINE + 1, "more than 250000 steps and was stopped");
+        says("\n\nwhile true { }", "{}", LINE + 2, "more than 250000 steps and was stopped");
         says("fn f(n) { f(n + 1) }\nf(0);", "{}", LINE + 1, "too deep");
     }
 
     #[test]
-    fn the_end_of_its_time_cannot_be_caught() {
+    fn the_end_of_its_time_is_at_its_line_and_cannot_be_caught() {
+        let at_once = compiler().with_deadline(Duration::ZERO);
+        let text = "let a = 1;\ntry { loop { } } catch { true }";
+        let why = at_once.predicate("when", text, &place()).unwrap().holds(&event("{}")).unwrap_err();
+        assert_eq!(why.message.as_ref(), "orders.yaml:8: the script ran for more than 0 ms and was stopped");
+    }
+
+    #[test]
+    fn too_many_steps_cannot_be_caught() {
         says("try { loop { } } catch { payload.a = 1; }", "{}", LINE, "was stopped");
     }
 

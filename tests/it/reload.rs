@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::json;
@@ -198,6 +197,6 @@ async fn a_renamed_arm_goes_on_where_it_was_and_a_retired_one_ends() {
     let running = place.start().await;
     running.accepted("renamed", None, json!({"n": 5})).await;
     until("the next", || (kept.count() == 6).then_some(())).await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    until_status(&running, "renamed", "nothing left", |status| status["branches"][0]["lagRecords"] == 0).await;
     assert_eq!((kept.count(), gone.count()), (6, 0));
 }

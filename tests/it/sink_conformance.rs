@@ -36,21 +36,9 @@ pub(crate) fn operation(number: u16, payload: &str) -> Operation {
 
 pub(crate) fn keyed(number: u16, key: Option<&str>, payload: &str) -> Operation {
     let at = Timestamp::from_millis(1_700_000_000_000);
-    let record = Record {
-        id: RecordId::new(at, number, 1, 1),
-        written_at: at,
-        due_at: None,
-        key: key.map(Into::into),
-        headers: Vec::new(),
-        target: None,
-        priority: None,
-        tags: Vec::new(),
-        origin: None,
-        idempotency_key: None,
-        epoch: 1,
-        binary: false,
-        payload: Bytes::copy_from_slice(payload.as_bytes()),
-    };
+    let payload = Bytes::copy_from_slice(payload.as_bytes());
+    let bare = Record::new(RecordId::new(at, number, 1, 1), at, payload);
+    let record = Record { key: key.map(Into::into), epoch: 1, ..bare };
     Operation { event: Event::original(Arc::new(record)), case: 0, region: None }
 }
 

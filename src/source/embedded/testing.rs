@@ -11,13 +11,9 @@ use crate::source::{AsideRow, BranchName, DeadLetter, DeadReason, IdempotencyKey
 
 /// A record with this key and payload.
 pub(crate) fn record(key: Option<&str>, payload: &str) -> Record {
-    Record {
-        id: RecordId::from_bytes([0; 16]),
-        written_at: Timestamp::MIN,
-        key: key.map(Into::into),
-        epoch: 0,
-        ..crate::testing::record(payload)
-    }
+    let payload = Bytes::copy_from_slice(payload.as_bytes());
+    let bare = Record::new(RecordId::from_bytes([0; 16]), Timestamp::MIN, payload);
+    Record { key: key.map(Into::into), ..bare }
 }
 
 /// One change of every kind, with every optional part once there and once not.
