@@ -360,7 +360,7 @@ mod sandbox {
     #[test]
     fn what_is_nested_without_end_is_a_fault_and_no_crash() {
         says(
-            "let a = []; loop { a = [a]; if payload.n > 60000 { break; } payload.n += 1; } payload = a;",
+            "let a = []; loop { a = [a]; if payload.n > 3000 { break; } payload.n += 1; } payload = a;",
             r#"{"n":0}"#,
             LINE,
             "",
