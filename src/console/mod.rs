@@ -141,7 +141,7 @@ async fn respond(instance: &dyn Instance, mut asked: Asked) -> Answer {
     let (route, variables) = found?;
     let view = || {
         let name = variables.first().copied().unwrap_or_default();
-        instance.view(name).ok_or_else(|| unknown(name))
+        instance.view(name).ok_or_else(|| Problem::no_namespace(name))
     };
     let (first, second) =
         (variables.first().copied().unwrap_or_default(), variables.get(1).copied().unwrap_or_default());
@@ -191,13 +191,8 @@ struct Deleted<'a> {
 async fn delete(instance: &dyn Instance, name: &str) -> Answer {
     match instance.delete(name.to_owned()).await {
         Ok(()) => Ok(reply::json(StatusCode::OK, &Deleted { namespace: name, deleted: true })),
-        Err(DeleteError::Unknown(_)) => Err(unknown(name)),
+        Err(DeleteError::Unknown(_)) => Err(Problem::no_namespace(name)),
         Err(error @ DeleteError::InUse(_)) => Err(Problem::new(StatusCode::CONFLICT, "in_use", error.to_string())),
         Err(DeleteError::Log(error)) => Err(error.into()),
     }
-}
-
-fn unknown(name: &str) -> Problem {
-    let shown: String = name.chars().take(63).collect();
-    Problem::not_found("no_namespace", format!("there is no namespace `{shown}`"))
 }

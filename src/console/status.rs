@@ -7,9 +7,9 @@ use http::StatusCode;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Absent, Answer, Instance, View, unknown};
+use super::{Absent, Answer, Instance, View};
 use crate::clock::Timestamp;
-use crate::ingest::reply;
+use crate::ingest::reply::{self, Problem};
 use crate::pipeline::branch::{BranchHandle, Pause};
 use crate::record::Position;
 use crate::source::{BranchName, ParkedQuery, ShelfCounts};
@@ -317,5 +317,8 @@ fn states(instance: &dyn Instance, view: &View, counts: &ShelfCounts) -> Vec<Bra
 /// A namespace that a file names and that does not run.
 pub(super) fn absent(instance: &dyn Instance, name: &str) -> Answer {
     let absent = instance.absent().into_iter().find(|absent| absent.namespace.as_str() == name);
-    absent.map_or_else(|| Err(unknown(name)), |absent| Ok(reply::json(StatusCode::OK, &brief_absent(&absent))))
+    absent.map_or_else(
+        || Err(Problem::no_namespace(name)),
+        |absent| Ok(reply::json(StatusCode::OK, &brief_absent(&absent))),
+    )
 }

@@ -82,6 +82,13 @@ impl Problem {
         Self::new(StatusCode::NOT_FOUND, code, detail)
     }
 
+    /// 404: no such namespace. What the client called it is cut to the length that a name can have.
+    pub fn no_namespace(name: &str) -> Self {
+        let shown: String = name.chars().take(63).collect();
+        let detail = format!("there is no namespace `{shown}`; GET /api/v1/wal/namespaces lists those there are");
+        Self::not_found("no_namespace", detail)
+    }
+
     /// 503, with the time after which to try again.
     pub fn unavailable(code: &'static str, detail: impl Into<String>, after: Duration) -> Self {
         Self { retry_after: Some(after), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, code, detail) }

@@ -36,11 +36,6 @@ impl Front {
     }
 }
 
-fn unknown(name: &str) -> Problem {
-    let shown: String = name.chars().take(63).collect();
-    Problem::not_found("no_namespace", format!("there is no namespace `{shown}`"))
-}
-
 impl Directory for Front {
     fn inlet(&self, namespace: &str) -> Result<Arc<Inlet>, Problem> {
         if !self.pipelines.is_ready() {
@@ -50,12 +45,12 @@ impl Directory for Front {
                 Duration::from_secs(1),
             ));
         }
-        let name: Namespace = namespace.parse().map_err(|_| unknown(namespace))?;
+        let name: Namespace = namespace.parse().map_err(|_| Problem::no_namespace(namespace))?;
         match self.pipelines.get(&name) {
-            Some(pipeline) if matches!(pipeline.config(), Config::Deleted) => Err(unknown(namespace)),
+            Some(pipeline) if matches!(pipeline.config(), Config::Deleted) => Err(Problem::no_namespace(namespace)),
             Some(pipeline) => Ok(pipeline.inlet()),
             None => match self.pipelines.absent(&name) {
-                None => Err(unknown(namespace)),
+                None => Err(Problem::no_namespace(namespace)),
                 Some(absent) => Err(Problem::unavailable("broken", absent.to_string(), Duration::from_secs(30))),
             },
         }
