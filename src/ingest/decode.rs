@@ -164,8 +164,11 @@ impl Envelope<'_> {
         let due_at = if requested == RequestedDelay::default() && inlet.delay.is_none() {
             None
         } else {
-            // An expression may look at all of the record; the copy shares its bytes.
-            due(inlet.delay.as_ref(), &requested, &Event::original(Arc::new(record.clone())), now)?
+            // An expression may look at all of the record; the copy shares its bytes. The log has yet to give the id:
+            // what an expression draws comes from one of its own, else every record would draw the same.
+            let id = RecordId::new(now, 0, 0, fastrand::u64(..));
+            let event = Event::original(Arc::new(Record { id, ..record.clone() }));
+            due(inlet.delay.as_ref(), &requested, &event, now)?
         };
         if due_at.is_some() && !inlet.log.caps().delay {
             return Err(Problem::new(

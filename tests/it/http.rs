@@ -1,7 +1,10 @@
 //! The HTTP interface as its contract has it: every route is there, asks for a key, and says what is wrong.
 
+use std::collections::BTreeSet;
+
 use http::StatusCode;
 use serde_json::{Value, json};
+use walflow::clock::Timestamp;
 
 use crate::harness::{Place, Running};
 
@@ -130,4 +133,19 @@ async fn what_waits_is_cancelled_by_its_id_in_the_path_and_metrics_tell_what_hap
     ] {
         assert!(text.contains(line), "{line} is missing in\n{text}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_delay_draws_differs_from_record_to_record() {
+    let pipeline = "namespace: spread\ndelay: { for: 'random(1, 500000)' }\nsink: { file: { path: out.ndjson } }\n";
+    let place = Place::new().pipeline("p.yaml", pipeline);
+    let running = place.start().await;
+    let mut waits = BTreeSet::new();
+    for n in 0..4 {
+        let (_, answer) = running.write(&json!({"namespace": "spread", "payload": n})).await.unwrap();
+        let time = |name: &str| answer[name].as_str().unwrap().parse::<Timestamp>().unwrap();
+        // Both times are cut to the millisecond apart from each other.
+        waits.insert(time("deliverAt").since(time("timestamp")).as_secs_f64().round().to_string());
+    }
+    assert!(waits.len() > 1, "all wait {waits:?} seconds");
 }
