@@ -138,7 +138,7 @@ pub(super) fn recover(options: Options) -> Result<Recovered, OpenError> {
         Arc::clone(&disk),
         folder.clone(),
         options.journal_file_bytes,
-        options.journal_spares,
+        options.journal_kept(),
         &found.files,
     );
     let files = tried("open", &folder, files)?;
@@ -159,7 +159,7 @@ pub(super) fn recover(options: Options) -> Result<Recovered, OpenError> {
         NamespaceSettings::default(),
         Segments::new(&segment_files.root, NamespaceNumber(0)),
     ));
-    let commits = into_commits(&mut spaces, &instance, &segment_files.root, groups);
+    let commits = into_commits(&mut spaces, &instance, &segment_files, groups)?;
     let applied = state.applied();
     let shared = Arc::new(Shared::new(Parts {
         segments_root: segment_files.root.clone(),
@@ -249,7 +249,12 @@ fn rewrite_tail(files: &JournalFiles, found: &Scan, groups: &[Vec<Scanned>]) -> 
 }
 
 /// Turns groups into commits, and makes the namespaces that they create.
-fn into_commits(spaces: &mut Spaces, instance: &Arc<Space>, root: &Path, groups: Vec<Vec<Scanned>>) -> Vec<Commit> {
+fn into_commits(
+    spaces: &mut Spaces,
+    instance: &Arc<Space>,
+    files: &SegmentFiles,
+    groups: Vec<Vec<Scanned>>,
+) -> Result<Vec<Commit>, OpenError> {
     let mut commits = Vec::new();
     for group in groups {
         let Some(first) = group.first() else { continue };
@@ -258,7 +263,9 @@ fn into_commits(spaces: &mut Spaces, instance: &Arc<Space>, root: &Path, groups:
             && !spaces.by_number.contains_key(&number)
             && let Ok(name) = name.parse::<Namespace>()
         {
-            let segments = Segments::new(root, number);
+            // No checkpoint knows it, so what an earlier run left of it is cut somewhere, and a later checkpoint must not take
+            // it for a segment of its own.
+            let segments = Segments::open(files, number, None, Position(0))?;
             let space = Arc::new(Space::new(number, Some(name.clone()), NamespaceSettings::default(), segments));
             spaces.by_number.insert(number, Arc::clone(&space));
             spaces.by_name.insert(name, space);
@@ -284,7 +291,7 @@ fn into_commits(spaces: &mut Spaces, instance: &Arc<Space>, root: &Path, groups:
         let runs = vec![(space, frames.len())];
         commits.push(Commit { bytes: Bytes::from(bytes), frames, runs, last });
     }
-    commits
+    Ok(commits)
 }
 
 /// Puts a commit's changes back into memory. What `state.db` has applied is counted there already.
