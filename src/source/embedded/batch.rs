@@ -61,8 +61,8 @@ pub(super) struct Commit {
 
 impl Commit {
     /// The bytes of one of its frames.
-    pub(super) fn raw(&self, durable: &Durable) -> Bytes {
-        self.bytes.slice(durable.at..durable.at + durable.header.frame_bytes())
+    pub(super) fn raw(&self, durable: &Durable) -> &[u8] {
+        self.bytes.get(durable.at..durable.at + durable.header.frame_bytes()).unwrap_or_default()
     }
 }
 

@@ -41,6 +41,10 @@ pub trait DiskFile: Send + Sync {
     /// As the system says.
     fn sync(&self) -> io::Result<()>;
 
+    /// Asks the system to begin carrying these bytes to the disk, so that a later sync finds little left to do and holds
+    /// nobody else's up. Promises nothing.
+    fn write_back(&self, _offset: u64, _len: u64) {}
+
     /// Cuts or extends the file.
     ///
     /// # Errors
@@ -167,6 +171,12 @@ impl DiskFile for File {
 
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+
+    fn write_back(&self, offset: u64, len: u64) {
+        // Dirty pages are written and stay in memory; the advice lets go of clean ones only.
+        let len = std::num::NonZeroU64::new(len);
+        let _ = rustix::fs::fadvise(self, offset, len, rustix::fs::Advice::DontNeed);
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

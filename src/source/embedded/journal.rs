@@ -17,7 +17,7 @@ pub const DATA_START: u64 = 4096;
 const MAGIC: [u8; 8] = *b"walflowJ";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 36;
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 256 * 1024] = [0; 256 * 1024];
 
 /// What a journal file's first bytes say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +123,7 @@ pub struct JournalFiles {
     disk: Arc<dyn Disk>,
     folder: PathBuf,
     file_bytes: u64,
-    spares: usize,
+    kept: usize,
     names: Mutex<Names>,
 }
 
@@ -145,7 +145,8 @@ pub fn live_numbers(disk: &dyn Disk, folder: &Path) -> io::Result<Vec<u64>> {
 
 impl JournalFiles {
     /// Takes over a folder. `live` are the files that recovery read, each with its first sequence, in order. Files
-    /// that were being made when the last process stopped are removed; spare ones are used again.
+    /// that were being made when the last process stopped are removed; spare ones are used again, and at most `kept`
+    /// of them stay when files are freed.
     ///
     /// # Errors
     /// When the folder cannot be made, listed or cleaned.
@@ -153,7 +154,7 @@ impl JournalFiles {
         disk: Arc<dyn Disk>,
         folder: PathBuf,
         file_bytes: u64,
-        spares: usize,
+        kept: usize,
         live: &[(u64, Sequence)],
     ) -> io::Result<Self> {
         disk.make_folder(&folder)?;
@@ -170,7 +171,7 @@ impl JournalFiles {
             }
         }
         names.live = live.iter().map(|(number, first)| Live { number: *number, first: *first }).collect();
-        Ok(Self { disk, folder, file_bytes, spares, names: Mutex::new(names) })
+        Ok(Self { disk, folder, file_bytes, kept, names: Mutex::new(names) })
     }
 
     /// Makes the file after the newest ready for frames from `first` on, with `frames` already in it (built for the
@@ -237,6 +238,7 @@ impl JournalFiles {
                 let len = (self.file_bytes - at).min(ZEROS.len() as u64);
                 let chunk = usize::try_from(len).unwrap_or(ZEROS.len());
                 file.write_all_at(ZEROS.get(..chunk).unwrap_or(&ZEROS), at)?;
+                file.write_back(at, len);
                 at += len;
             }
             file.sync()
@@ -293,7 +295,7 @@ impl JournalFiles {
             };
             let path = live_path(&self.folder, number);
             let usual = self.disk.open(&path, Access::Read)?.size()? == self.file_bytes;
-            if spares < self.spares && usual {
+            if spares < self.kept && usual {
                 let stem = {
                     let mut names = self.names.lock();
                     names.next_spare += 1;

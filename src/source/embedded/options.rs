@@ -33,6 +33,8 @@ pub struct Options {
     pub segment_bytes: u64,
     /// Bytes by which the views may lag before writers wait.
     pub settle_lag_bytes: usize,
+    /// How long what is durable waits for more before it goes on to the views together.
+    pub settle_linger: Duration,
     /// Bytes of requests that may wait for the writer.
     pub queue_bytes: usize,
     /// Bytes of parked records kept in memory because they are due soon.
@@ -58,11 +60,18 @@ impl Options {
             window: 20_000,
             segment_bytes: 64 << 20,
             settle_lag_bytes: 64 << 20,
+            settle_linger: Duration::from_millis(20),
             queue_bytes: 64 << 20,
             due_bytes: 64 << 20,
             tail_bytes: 1 << 20,
             commit_every: Duration::from_millis(250),
         }
+    }
+
+    /// Spare journal files that are not removed: as many as a checkpoint frees at once, so that none is made anew while
+    /// writes come in.
+    pub(super) fn journal_kept(&self) -> usize {
+        self.journal_spares + usize::try_from(self.checkpoint_bytes / self.journal_file_bytes).unwrap_or(0)
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::change::{Frame, NamespaceNumber};
+use super::change::{Change, Frame, NamespaceNumber};
 use super::disk::{Access, Disk, DiskFile, read_full};
 use super::frame::{Header, NotAFrame};
 use super::index::Index;
@@ -23,6 +23,8 @@ const MAGIC: [u8; 8] = *b"walflowS";
 const VERSION: u32 = 1;
 /// Write handles kept open; more namespaces than that share them.
 const OPEN_HANDLES: usize = 128;
+/// Bytes after which the system is asked to begin carrying a segment to the disk.
+const WRITE_BACK: u64 = 256 << 10;
 
 /// What a segment's first bytes say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +133,8 @@ struct Active {
     index: Option<Index>,
     /// Written since the last checkpoint.
     dirty: bool,
+    /// Up to here the system has been asked to carry it to the disk.
+    written_back: u64,
     /// When its first frame was written.
     since: Timestamp,
 }
@@ -286,7 +290,8 @@ impl Segments {
             let what = if short { NotAFrame::Short } else { NotAFrame::Header };
             let header = header.ok_or(SegmentError::Damaged { path: path.clone(), offset: 0, what })?;
             tried("cut segment", &path, file.set_len(len))?;
-            segments.active = Some(Active { header, len, index: None, dirty: false, since: Timestamp::MIN });
+            let since = Timestamp::MIN;
+            segments.active = Some(Active { header, len, index: None, dirty: false, written_back: len, since });
         }
         Ok(segments)
     }
@@ -326,18 +331,42 @@ impl Segments {
         self.sealed.first().map(|sealed| sealed.first).or_else(|| self.active.as_ref().map(|a| a.header.first))
     }
 
-    /// Appends frames, each with its header and bytes as in the journal. `first` is the first record among them, or the
-    /// one that comes next.
+    /// Appends frames, each with its header and its bytes as in the journal; seals segments that are full on the way.
+    /// `first` is the first record among them, or the one that comes next.
     ///
     /// # Errors
-    /// When writing fails; then none of these frames count, and the same call may be made again when there is room.
+    /// When writing fails; gives how many of the frames count, and the rest may be appended when there is room.
     pub fn append(
         &mut self,
         files: &mut SegmentFiles,
-        frames: &[(&Header, &Frame, Bytes)],
-        first: Position,
+        frames: &[(&Header, &Frame, &[u8])],
+    ) -> Result<(), (usize, SegmentError)> {
+        let mut done = 0;
+        while let Some(rest) = frames.get(done..).filter(|rest| !rest.is_empty()) {
+            let mut bytes = 0;
+            let fits = rest.iter().take_while(|(.., raw)| {
+                let fits = bytes < files.segment_bytes;
+                bytes += raw.len() as u64;
+                fits
+            });
+            let count = fits.count();
+            self.append_some(files, rest.get(..count).unwrap_or(rest)).map_err(|error| (done, error))?;
+            done += count;
+        }
+        Ok(())
+    }
+
+    fn append_some(
+        &mut self,
+        files: &mut SegmentFiles,
+        frames: &[(&Header, &Frame, &[u8])],
     ) -> Result<(), SegmentError> {
         let Some((_, newest, _)) = frames.last() else { return Ok(()) };
+        let position = frames.iter().find_map(|(_, frame, _)| match frame.change {
+            Change::Append { position, .. } | Change::Release { position, .. } => Some(position),
+            _ => None,
+        });
+        let first = position.unwrap_or(self.settled.next());
         // A segment that has only drops in it yet keeps its name, so it cannot be followed by another.
         if self.active.as_ref().is_some_and(|active| active.len >= files.segment_bytes && first > active.header.first) {
             self.seal(files)?;
@@ -364,6 +393,11 @@ impl Segments {
         }
         active.len += bytes.len() as u64;
         active.dirty = true;
+        if active.len - active.written_back >= WRITE_BACK {
+            // Else a checkpoint would carry everything at once, and the journal's syncs would wait behind it.
+            file.write_back(active.written_back, active.len - active.written_back);
+            active.written_back = active.len;
+        }
         Ok(())
     }
 
@@ -376,8 +410,8 @@ impl Segments {
         files.unsynced.insert(path, self.folder.clone());
         files.uses += 1;
         files.keep(self.namespace, first, file);
-        self.active =
-            Some(Active { header, len: SEGMENT_HEADER, index: Some(Index::new(SEGMENT_HEADER)), dirty: true, since });
+        let (len, index) = (SEGMENT_HEADER, Some(Index::new(SEGMENT_HEADER)));
+        self.active = Some(Active { header, len, index, dirty: true, written_back: 0, since });
         Ok(())
     }
 

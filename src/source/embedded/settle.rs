@@ -19,6 +19,8 @@ use super::state::{Checkpoint, SegmentMark, State, StateError};
 use super::{ballast, retention, scheduled_step};
 use crate::record::Position;
 
+/// Bytes that are written to segments together, about.
+const WRITE_BYTES: usize = 4 << 20;
 /// Frames and bytes that one transaction of `state.db` takes at most.
 const COMMIT_FRAMES: usize = 20_000;
 const COMMIT_BYTES: usize = 16 << 20;
@@ -96,9 +98,7 @@ impl Settler {
                 self.shared.options.commit_every.saturating_sub(self.since.elapsed())
             };
             let Work { commits, wanted, nudged, closed } = self.shared.settling.take(self.state.applied(), timeout);
-            for commit in commits {
-                self.take_in(commit)?;
-            }
+            self.take_in(commits)?;
             let full = self.open_frames >= COMMIT_FRAMES || self.open_bytes >= COMMIT_BYTES;
             let ripe = !self.open.is_empty() && self.since.elapsed() >= self.shared.options.commit_every;
             let asked = wanted > self.state.applied() && self.reached > self.state.applied();
@@ -127,16 +127,29 @@ impl Settler {
         }
     }
 
-    /// Takes one durable commit into segments and into the open transaction.
-    fn take_in(&mut self, commit: Commit) -> Result<(), Stop> {
+    /// Takes durable commits into the segments, some at a time, and each into the open transaction.
+    fn take_in(&mut self, commits: Vec<Commit>) -> Result<(), Stop> {
+        let mut commits = commits.into_iter().peekable();
+        while commits.peek().is_some() {
+            let mut bytes = 0;
+            let mut together = Vec::new();
+            while bytes < WRITE_BYTES
+                && let Some(commit) = commits.next()
+            {
+                bytes += commit.bytes.len();
+                together.push(commit);
+            }
+            self.write_segments(&together)?;
+            for commit in together {
+                self.take_in_state(commit)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_in_state(&mut self, commit: Commit) -> Result<(), Stop> {
         if self.open.is_empty() {
             self.since = Instant::now();
-        }
-        let mut frames = commit.frames.as_slice();
-        for (space, count) in &commit.runs {
-            let (own, rest) = frames.split_at(*count.min(&frames.len()));
-            frames = rest;
-            self.write_segments(space, own, &commit)?;
         }
         self.replay = self.replay.saturating_sub(1);
         self.unchecked += commit.bytes.len() as u64;
@@ -159,30 +172,51 @@ impl Settler {
         Ok(())
     }
 
-    fn write_segments(&mut self, space: &Arc<Space>, own: &[Durable], commit: &Commit) -> Result<(), Stop> {
-        let in_order = |durable: &&Durable| {
-            matches!(durable.frame.change, Change::Append { .. } | Change::Release { .. } | Change::Dropped { .. })
-        };
-        let frames: Vec<_> =
-            own.iter().filter(in_order).map(|durable| (&durable.header, &durable.frame, commit.raw(durable))).collect();
-        if !frames.is_empty() {
-            let mut segments = space.segments.lock();
-            let position = frames.iter().find_map(|(_, frame, _)| match frame.change {
-                Change::Append { position, .. } | Change::Release { position, .. } => Some(position),
-                _ => None,
-            });
-            let first = position.unwrap_or(segments.settled().next());
-            loop {
-                match segments.append(&mut self.files, &frames, first) {
-                    Ok(()) => break,
-                    Err(error) => self.storage_failed(&error)?,
+    /// Writes each namespace's records with one write, however many commits they came in.
+    fn write_segments(&mut self, commits: &[Commit]) -> Result<(), Stop> {
+        let mut at: HashMap<NamespaceNumber, usize> = HashMap::new();
+        let mut groups: Vec<(&Arc<Space>, Vec<(&Commit, &Durable)>)> = Vec::new();
+        for commit in commits {
+            let mut frames = commit.frames.as_slice();
+            for (space, count) in &commit.runs {
+                let (own, rest) = frames.split_at(*count.min(&frames.len()));
+                frames = rest;
+                let index = *at.entry(space.number).or_insert_with(|| {
+                    groups.push((space, Vec::new()));
+                    groups.len() - 1
+                });
+                if let Some((_, group)) = groups.get_mut(index) {
+                    group.extend(own.iter().map(|durable| (commit, durable)));
                 }
             }
-            let settled = segments.settled();
-            drop(segments);
+        }
+        for (space, own) in groups {
+            self.write_own(space, &own)?;
+        }
+        Ok(())
+    }
+
+    fn write_own(&mut self, space: &Arc<Space>, own: &[(&Commit, &Durable)]) -> Result<(), Stop> {
+        let in_order = |durable: &Durable| {
+            matches!(durable.frame.change, Change::Append { .. } | Change::Release { .. } | Change::Dropped { .. })
+        };
+        let frames: Vec<_> = own
+            .iter()
+            .filter(|(_, durable)| in_order(durable))
+            .map(|(commit, durable)| (&durable.header, &durable.frame, commit.raw(durable)))
+            .collect();
+        let mut left = frames.as_slice();
+        while !left.is_empty() {
+            let written = space.segments.lock().append(&mut self.files, left);
+            let Err((done, error)) = written else { break };
+            left = left.get(done..).unwrap_or_default();
+            self.storage_failed(&error)?;
+        }
+        if !frames.is_empty() {
+            let settled = space.segments.lock().settled();
             space.evict(settled, space.passed(), self.shared.options.tail_bytes);
         }
-        for durable in own {
+        for (_, durable) in own {
             match &durable.frame.change {
                 Change::Trim { first } => self.trim(space, *first)?,
                 Change::NamespaceDeleted => {

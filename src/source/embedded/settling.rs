@@ -1,17 +1,25 @@
 //! What is durable and waits for the views. Its bound in bytes makes the writer wait, and so the clients.
+//!
+//! Commits are given out some at a time: one write for each namespace and one wake-up serve many syncs.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::batch::Commit;
 use super::change::Sequence;
 
+/// Bytes in the inbox for which nobody waits for company any more.
+const ENOUGH: usize = 1 << 20;
+
 #[derive(Default)]
 struct Inner {
     commits: VecDeque<Commit>,
+    /// Bytes that have not reached the views, those under way included.
     bytes: usize,
+    /// Bytes in the inbox.
+    inbox: usize,
     wanted: Sequence,
     nudged: bool,
     closed: bool,
@@ -24,6 +32,7 @@ pub(super) struct Settling {
     news: Condvar,
     room: Condvar,
     limit: usize,
+    linger: Duration,
 }
 
 /// What the settle thread takes out at once.
@@ -38,8 +47,9 @@ pub(super) struct Work {
 }
 
 impl Settling {
-    pub(super) fn new(limit: usize) -> Self {
-        Self { inner: Mutex::default(), news: Condvar::new(), room: Condvar::new(), limit }
+    /// At most `limit` bytes wait, and the first of them for others no longer than `linger`.
+    pub(super) fn new(limit: usize, linger: Duration) -> Self {
+        Self { inner: Mutex::default(), news: Condvar::new(), room: Condvar::new(), limit, linger }
     }
 
     /// Hands a commit over; waits while the views are too far behind.
@@ -49,8 +59,15 @@ impl Settling {
             self.room.wait(&mut inner);
         }
         inner.bytes += commit.bytes.len();
+        inner.inbox += commit.bytes.len();
         inner.commits.push_back(commit);
-        self.news.notify_one();
+        if inner.commits.len() == 1 || self.has_enough(&inner) {
+            self.news.notify_one();
+        }
+    }
+
+    fn has_enough(&self, inner: &Inner) -> bool {
+        inner.inbox >= ENOUGH.min(self.limit / 2)
     }
 
     /// Asks for a commit of everything up to `target`.
@@ -73,14 +90,20 @@ impl Settling {
         self.room.notify_all();
     }
 
-    /// Waits for work, at most `timeout`.
+    /// Waits for work, at most `timeout`, and then a little for more of it.
     pub(super) fn take(&self, seen: Sequence, timeout: Duration) -> Work {
         let mut inner = self.inner.lock();
-        if inner.commits.is_empty() && !inner.nudged && !inner.closed && inner.wanted <= seen {
+        let presses = |inner: &Inner| inner.nudged || inner.closed || inner.wanted > seen || self.has_enough(inner);
+        if inner.commits.is_empty() && !presses(&inner) {
             self.news.wait_for(&mut inner, timeout);
+        }
+        if !inner.commits.is_empty() {
+            let until = Instant::now() + self.linger;
+            while !presses(&inner) && !self.news.wait_until(&mut inner, until).timed_out() {}
         }
         let nudged = std::mem::take(&mut inner.nudged);
         let commits = std::mem::take(&mut inner.commits).into();
+        inner.inbox = 0;
         Work { commits, wanted: inner.wanted, nudged, closed: inner.closed }
     }
 

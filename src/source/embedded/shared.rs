@@ -197,7 +197,7 @@ impl Shared {
             disk: Arc::clone(&parts.options.disk),
             segments_root: parts.segments_root,
             queue: Queue::default(),
-            settling: Settling::new(parts.options.settle_lag_bytes),
+            settling: Settling::new(parts.options.settle_lag_bytes, parts.options.settle_linger),
             files: parts.files,
             status,
             spaces: RwLock::new(parts.spaces),

@@ -27,6 +27,7 @@ fn options(folder: &Path, clock: &Clock) -> Options {
         ballast_bytes: 4 << 10,
         segment_bytes: 4 << 10,
         tail_bytes: 2 << 10,
+        settle_linger: Duration::ZERO,
         commit_every: Duration::from_millis(5),
         ..Options::new(folder.to_owned(), clock.clone())
     }
