@@ -26,6 +26,8 @@ use crate::units::Span;
 
 /// The longest key, in bytes.
 const LONGEST_KEY: usize = 1_024;
+/// Payloads up to this size are copied out of the buffer that they came in.
+const LARGEST_COPY: usize = 64 << 10;
 /// The longest idempotency key, in bytes.
 const LONGEST_IDEMPOTENCY_KEY: usize = 255;
 /// Metadata and tags at most, in bytes.
@@ -193,7 +195,9 @@ impl Envelope<'_> {
                         Problem::malformed(format!("the payload is nested deeper than {MAX_DEPTH} levels")).failed()
                     );
                 }
-                (whole.slice_ref(text), false)
+                // A slice would keep the connection's whole buffer alive for as long as the record is in memory.
+                let small = text.len() <= LARGEST_COPY;
+                (if small { Bytes::copy_from_slice(text) } else { whole.slice_ref(text) }, false)
             }
             (None, Some(text)) => {
                 let decoded = STANDARD.decode(text.as_bytes());

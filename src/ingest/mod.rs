@@ -18,7 +18,7 @@ use std::sync::Arc;
 pub use admit::{Budget, Received};
 pub use auth::Keys;
 pub use body::{Incoming, read_all};
-pub use routes::{Asked, BoxedRoutes, WRITES, routes};
+pub use routes::{Asked, BoxedRoutes, Head, WRITES, routes};
 pub use serve::{Limits, serve};
 
 use crate::clock::Clock;

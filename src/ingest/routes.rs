@@ -1,19 +1,36 @@
 //! Which request goes where: the two routes for writes, and everything else to the console.
+//!
+//! One filter takes every request, with its head as the accept loop handed it over: on the way of a write each filter more
+//! would cost as much as the decoding.
 
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use http::{HeaderMap, Method};
+use http::{HeaderMap, Method, Uri};
 use warp::Filter as _;
 use warp::filters::BoxedFilter;
 
 use super::{Directory, Incoming, batch, write};
 
-/// All routes as one filter.
+/// All routes as one filter. A request must carry its [`Head`] as an extension.
 pub type BoxedRoutes = BoxedFilter<(warp::reply::Response,)>;
 
+const WRITE: &str = "/api/v1/wal/write";
+const BATCH: &str = "/api/v1/wal/write/batch";
+
 /// The paths for writes, all by POST.
-pub const WRITES: [&str; 2] = ["/api/v1/wal/write", "/api/v1/wal/write/batch"];
+pub const WRITES: [&str; 2] = [WRITE, BATCH];
+
+/// What stands before a request's body.
+#[derive(Debug)]
+pub struct Head {
+    /// Its method.
+    pub method: Method,
+    /// Its path and query.
+    pub uri: Uri,
+    /// Its headers.
+    pub headers: HeaderMap,
+}
 
 /// A request that is no write.
 pub struct Asked {
@@ -34,27 +51,21 @@ pub fn routes<F>(directory: Arc<dyn Directory>, other: F) -> BoxedRoutes
 where
     F: Fn(Asked) -> BoxFuture<'static, warp::reply::Response> + Clone + Send + Sync + 'static,
 {
-    let single = Arc::clone(&directory);
-    let single = warp::path!("api" / "v1" / "wal" / "write")
-        .and(warp::post())
-        .and(warp::header::headers_cloned())
+    warp::ext::get::<Arc<Head>>()
         .and(warp::body::stream())
-        .then(move |headers, body| write::write(Arc::clone(&single), headers, Incoming::new(body)));
-    let many = warp::path!("api" / "v1" / "wal" / "write" / "batch")
-        .and(warp::post())
-        .and(warp::header::headers_cloned())
-        .and(warp::body::stream())
-        .map(move |headers, body| batch::batch(Arc::clone(&directory), headers, Incoming::new(body)));
-    let query = warp::query::raw().or(warp::any().map(String::new)).unify();
-    let other = warp::method()
-        .and(warp::path::full())
-        .and(query)
-        .and(warp::header::headers_cloned())
-        .and(warp::body::stream())
-        .and_then(move |method, path: warp::path::FullPath, query, headers, body| {
-            let path = path.as_str().to_owned();
-            let answer = other(Asked { method, path, query, headers, body: Incoming::new(body) });
-            async move { Ok::<_, warp::Rejection>(answer.await) }
-        });
-    single.or(many).unify().or(other).unify().boxed()
+        .then(move |head: Arc<Head>, body| {
+            let (directory, other, body) = (Arc::clone(&directory), other.clone(), Incoming::new(body));
+            async move {
+                match (&head.method, head.uri.path()) {
+                    (&Method::POST, WRITE) => write::write(directory, head, body).await,
+                    (&Method::POST, BATCH) => batch::batch(directory, &head.headers, body),
+                    (method, path) => {
+                        let (method, path) = (method.clone(), path.to_owned());
+                        let query = head.uri.query().unwrap_or_default().to_owned();
+                        other(Asked { method, path, query, headers: head.headers.clone(), body }).await
+                    }
+                }
+            }
+        })
+        .boxed()
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::Request;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -12,7 +14,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::BoxedRoutes;
+use super::{BoxedRoutes, Head};
 
 /// Bounds of the accept loop.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +60,8 @@ pub async fn serve(listener: TcpListener, routes: BoxedRoutes, limits: Limits, s
             }
         };
         let _ = stream.set_nodelay(true);
-        let (builder, service) = (Arc::clone(&builder), TowerToHyperService::new(service.clone()));
+        let (builder, routes) = (Arc::clone(&builder), TowerToHyperService::new(service.clone()));
+        let service = service_fn(move |request| routes.call(with_head(request)));
         let watcher = graceful.watcher();
         tokio::spawn(async move {
             let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
@@ -72,4 +75,15 @@ pub async fn serve(listener: TcpListener, routes: BoxedRoutes, limits: Limits, s
     if tokio::time::timeout(limits.stop, graceful.shutdown()).await.is_err() {
         warn!("some requests did not end in time");
     }
+}
+
+/// Takes the head off a request and hands it on as an extension: a filter could only have copies of its parts.
+fn with_head<B>(mut request: Request<B>) -> Request<B> {
+    let head = Head {
+        method: request.method().clone(),
+        uri: request.uri().clone(),
+        headers: std::mem::take(request.headers_mut()),
+    };
+    request.extensions_mut().insert(Arc::new(head));
+    request
 }

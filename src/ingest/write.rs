@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::decode::Envelope;
 use super::reply::{self, Durable, Problem};
-use super::{Directory, Incoming, Inlet, decode, read_all};
+use super::{Directory, Head, Incoming, Inlet, decode, read_all};
 use crate::clock::Timestamp;
 use crate::record::RecordId;
 use crate::source::Admitted;
@@ -40,12 +40,8 @@ pub(super) const LARGEST_BODY: u64 = (16 << 20) / 3 * 4 + (64 << 10);
         (status = 507, description = "`disk_full`"),
     )
 )]
-pub(super) async fn write(
-    directory: Arc<dyn Directory>,
-    headers: HeaderMap,
-    mut body: Incoming,
-) -> warp::reply::Response {
-    match try_write(&*directory, &headers, &mut body).await {
+pub(super) async fn write(directory: Arc<dyn Directory>, head: Arc<Head>, mut body: Incoming) -> warp::reply::Response {
+    match try_write(&*directory, &head.headers, &mut body).await {
         Ok(admitted) => match answer(&admitted) {
             Ok(body) => reply::json(StatusCode::ACCEPTED, &body),
             Err(problem) => problem.into_response(),
