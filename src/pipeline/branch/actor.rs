@@ -89,7 +89,6 @@ pub(super) struct Actor {
     ended: HashSet<RowKey>,
     /// Beyond the stored cursor, ended under an earlier plan of this run.
     passed: HashSet<Position>,
-    first_rows: HashMap<Box<str>, RowKey>,
     pub(super) batches: FuturesUnordered<BoxFuture<'static, BatchDone>>,
     pub(super) settles: FuturesUnordered<BoxFuture<'static, (Result<(), LogError>, Settled)>>,
     pub(super) loads: FuturesUnordered<BoxFuture<'static, (Box<str>, Result<Vec<AsideRow>, LogError>)>>,
@@ -139,7 +138,7 @@ pub(super) async fn run(
     let mut actor = Actor {
         lanes: Lanes::default(),
         breaker: Breaker::default(),
-        asides: Asides::new(now, &start.lanes),
+        asides: Asides::new(now, start.cursor, &start.lanes),
         frontier: Frontier::new(start.cursor),
         pause: start.pause.as_ref().map(restore_pause),
         accepted: 0,
@@ -155,7 +154,6 @@ pub(super) async fn run(
         sink,
         ended: start.ended,
         passed,
-        first_rows: start.lanes.into_iter().map(|lane| (lane.lane, lane.first)).collect(),
         batches: FuturesUnordered::new(),
         settles: FuturesUnordered::new(),
         loads: FuturesUnordered::new(),
@@ -258,7 +256,8 @@ impl Actor {
         !self.is_halting()
             && self.has_room()
             && self.pause.as_ref().is_none_or(|pause| pause.cause != "dead_letters_full")
-            && self.read_to.0.saturating_sub(self.deps.log.lag(&self.plan.name).cursor.0) < WINDOW
+            && (self.asides.wait_for(self.read_to)
+                || self.read_to.0.saturating_sub(self.deps.log.lag(&self.plan.name).cursor.0) < WINDOW)
     }
 
     pub(super) fn has_room(&self) -> bool {
@@ -335,9 +334,9 @@ impl Actor {
                     Ok((event, case)) => {
                         let delivery = Delivery::new(row, event, case, self.plan.ordering == Ordering::Key);
                         let lane = delivery.lane();
-                        if self.first_rows.get(&lane).is_some_and(|first| row < *first) {
-                            self.frontier.end(position);
-                        } else if self.asides.holds(&lane) {
+                        // A record of an earlier run may have been delivered before its key was set aside. It goes
+                        // again, before those rows: what has no end of its own is not taken as ended.
+                        if self.asides.holds(&lane) {
                             let next_try = self.asides.joined(&lane);
                             settlement.aside.push(aside_row(&delivery, lane.clone(), next_try, self.deps.clock.now()));
                             settled.ends.push(position);
@@ -354,6 +353,8 @@ impl Actor {
         if !settlement.is_frontier_only() {
             self.settle(settlement, settled);
         }
+        // Only now: what has joined is on its way, so the rows are not read before it is there.
+        self.asides.has_read(self.read_to);
         if died {
             self.is_full();
         }

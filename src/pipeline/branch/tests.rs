@@ -127,6 +127,15 @@ impl Bench {
         self.handle = start(&self.log, &self.revisions, &self.target, &self.clock, &self.plan);
     }
 
+    /// Kills the branch and starts it again by an edited file.
+    async fn restart_as(&mut self, settings: &str) {
+        self.handle.stop().await;
+        self.plan = Arc::new(plan(settings, &self.clock));
+        let epoch = self.log.put_epoch(self.plan.files.clone()).await.unwrap();
+        self.revisions.publish(epoch.number, Arc::clone(&self.plan));
+        self.handle = start(&self.log, &self.revisions, &self.target, &self.clock, &self.plan);
+    }
+
     async fn write(&self, number: u64, key: Option<&str>) -> RecordId {
         let record = Record {
             id: RecordId::from_bytes([0; 16]),

@@ -5,10 +5,11 @@
 //! shelf: what a count misses would wait for ever.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 
 use super::lanes::Since;
 use crate::clock::Timestamp;
+use crate::record::Position;
 use crate::source::{AsideLane, RowKey};
 
 /// Keys set aside at most; beyond it a failing key waits in memory, and so holds the branch.
@@ -62,19 +63,41 @@ pub(super) struct Asides {
     lanes: HashMap<Box<str>, Aside>,
     tries: BinaryHeap<Reverse<(Timestamp, Box<str>)>>,
     blocked: usize,
+    /// Keys of an earlier run by their last row: not tried until the branch has read so far again. What was delivered of
+    /// them and lies beyond the cursor goes once more, and before their rows (LOG.md 11).
+    held: BTreeMap<Position, Vec<Box<str>>>,
 }
 
 impl Asides {
     /// What outlived the last run. A try that fell into the time when nothing ran is due now.
-    pub(super) fn new(now: Timestamp, stored: &[AsideLane]) -> Self {
+    pub(super) fn new(now: Timestamp, cursor: Position, stored: &[AsideLane]) -> Self {
         let mut asides = Self::default();
         for lane in stored {
             let stage = if lane.next_try == Timestamp::MAX { Stage::Blocked } else { Stage::Waiting };
+            let last = lane.last.position;
             asides.put(&lane.lane, |aside| {
                 (aside.rows, aside.next_try, aside.stage) = (lane.rows, lane.next_try.max(now), stage);
+                aside.moving = u32::from(last > cursor);
             });
+            if last > cursor {
+                asides.held.entry(last).or_default().push(lane.lane.clone());
+            }
         }
         asides
+    }
+
+    /// The branch has read up to here again: keys whose rows all lie at or below may be tried.
+    pub(super) fn has_read(&mut self, position: Position) {
+        while let Some(first) = self.held.first_entry()
+            && *first.key() <= position
+        {
+            first.remove().iter().for_each(|lane| self.moved(lane));
+        }
+    }
+
+    /// True while there are keys that wait for the branch to read on from here.
+    pub(super) fn wait_for(&self, position: Position) -> bool {
+        self.held.last_key_value().is_some_and(|(last, _)| *last > position)
     }
 
     /// Changes a lane's entry, made first if there is none, and keeps what is derived from it.
@@ -307,7 +330,8 @@ mod tests {
         asides.trying("=a", 1);
         let replayed = AsideLane {
             lane: "=a".into(),
-            first: RowKey { position: crate::record::Position(1), child: 0 },
+            first: RowKey { position: Position(1), child: 0 },
+            last: RowKey { position: Position(1), child: 0 },
             rows: 1,
             next_try: Timestamp::MIN,
             attempts: 0,
