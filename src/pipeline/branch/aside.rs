@@ -10,9 +10,9 @@ use parking_lot::Mutex;
 
 use super::actor::{Actor, Settled};
 use super::lanes::{Delivery, Shelved, Siblings};
-use super::prepare::{Stillborn, choose, prepare};
+use super::prepare::{Prepared, Stillborn, choose, guarded, prepare};
 use crate::pipeline::plan::{BranchPlan, Plan};
-use crate::record::RecordId;
+use crate::record::{Position, Record, RecordId};
 use crate::source::{AsideLane, AsideRow, DeadLetter, DeadQuery, DeadReason, LogError, RowKey, Settlement, lane_of};
 use crate::spec::sink::OnDeadLetter;
 use crate::transform::Event;
@@ -25,14 +25,18 @@ const LOADS: usize = 16;
 const KNOWN_DEAD: usize = 10_000;
 
 /// What a row became.
-type Parts = Vec<Result<(Event, usize), Stillborn>>;
+pub(super) type Parts = Vec<Result<(Event, usize), Stillborn>>;
 
-/// What a row is to the branch now, run off the async threads.
-async fn again(
+/// [`prepare`], or what a test puts in its place.
+pub(super) type Prepare = fn(Position, Arc<Record>, &BranchPlan, &Plan, &Plan) -> Prepared;
+
+/// What a row is to the branch now, run off the async threads. A panic is the record's error.
+pub(super) async fn again(
     row: AsideRow,
     branch: Arc<BranchPlan>,
     now: Arc<Plan>,
     then: Arc<Plan>,
+    prepare: Prepare,
 ) -> Result<(Parts, Option<Box<str>>), LogError> {
     let work = move || {
         let prepared = prepare(row.row.position, Arc::clone(&row.record), &branch, &now, &then);
@@ -53,7 +57,8 @@ async fn again(
         (parts, prepared.dropped)
     };
     let failed = |_| LogError::Storage { act: "prepare a row of the shelf".into(), cause: "its thread ended".into() };
-    tokio::task::spawn_blocking(work).await.map_err(failed)
+    let guarded = move || guarded(work).unwrap_or_else(|stillborn| (vec![Err(stillborn)], None));
+    tokio::task::spawn_blocking(guarded).await.map_err(failed)
 }
 
 impl Actor {
@@ -87,7 +92,7 @@ impl Actor {
             // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
             let then = if row.replayed { &now } else { in_force.at(row.row.position).unwrap_or(&now) };
             let (parts, dropped) =
-                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), Arc::clone(then)).await?;
+                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), Arc::clone(then), prepare).await?;
             let bad = parts.iter().any(Result::is_err);
             if bad && blocks && count > 0 {
                 // What lies before it goes first; then it is met again, and holds the rest.

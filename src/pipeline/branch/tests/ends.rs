@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::pipeline::branch::Skip;
-use crate::source::{DeadReason, Settlement};
+use crate::pipeline::branch::aside::{Prepare, again};
+use crate::source::{AsideRow, DeadReason, RowKey, Settlement};
 
 #[tokio::test(start_paused = true)]
 async fn a_replayed_letter_goes_to_its_branch_again_and_an_overtaken_one_only_by_force() {
@@ -107,6 +108,34 @@ async fn skip(bench: &Bench, which: Skip) -> RecordId {
         }
         sleep(Duration::from_millis(1)).await;
     }
+}
+
+#[tokio::test]
+async fn a_panic_on_a_row_of_the_shelf_is_that_records_error() {
+    let bench = Bench::new(IMPATIENT).await;
+    bench.handle.stop().await;
+    bench.write(0, None).await;
+    let mut opened = bench.log.open_branch(&bench.branch(), Start::Earliest).await.unwrap();
+    let entry = opened.subscription.next(1, usize::MAX).await.unwrap().remove(0);
+    let row = AsideRow {
+        row: RowKey { position: entry.position, child: 0 },
+        lane: "#1/0".into(),
+        record: entry.record,
+        rendered: None,
+        attempts: 1,
+        first_failed: bench.clock.now(),
+        next_try: bench.clock.now(),
+        last_error: "".into(),
+        replayed: false,
+    };
+    let (branch, plan) = (&bench.plan.branches[0], &bench.plan);
+    let panics: Prepare = |_, _, _, _, _| panic!("a stage that is not well");
+    let (parts, dropped) =
+        again(row, Arc::clone(branch), Arc::clone(plan), Arc::clone(plan), panics).await.expect("no fault of the log");
+    assert!(dropped.is_none());
+    let stillborn = parts.into_iter().next().unwrap().unwrap_err();
+    assert_eq!(stillborn.reason, DeadReason::Script);
+    assert!(stillborn.error.contains("panicked"), "{}", stillborn.error);
 }
 
 #[tokio::test(start_paused = true)]
