@@ -88,11 +88,15 @@ fn run(position: Position, record: Arc<Record>, branch: &BranchPlan, now: &Plan,
     let mut prepared = Prepared { position, record: Arc::clone(&record), parts: Vec::new(), dropped: None };
     let own = then.branches.iter().find(|other| other.name == branch.name || Some(&other.name) == branch.was.as_ref());
     let Some(own) = own else { return prepared };
-    match meant_for(&record, &own.sink, own.region.as_deref(), branch.target) {
+    match meant_for(&record, &own.sink, own.region.as_deref(), branch.target, then.origin.as_deref()) {
         Meant::Here => {}
         Meant::Elsewhere => return prepared,
         Meant::CameFromHere => {
             prepared.dropped = Some("loop guard: it came from this region".into());
+            return prepared;
+        }
+        Meant::CameOver => {
+            prepared.dropped = Some("loop guard: it came over from another region, which sends it on itself".into());
             return prepared;
         }
     }
