@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use futures::FutureExt as _;
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
-use super::actor::{Actor, Settled};
+use super::Told;
+use super::actor::{Actor, REPLAYS, Settled};
 use super::lanes::{Delivery, Shelved, Siblings};
 use super::prepare::{Prepared, Stillborn, choose, guarded, prepare};
 use crate::pipeline::plan::{BranchPlan, Plan};
@@ -72,14 +74,50 @@ impl Actor {
         while self.may_load()
             && let Some(lane) = self.asides.take_due(now)
         {
-            let rows = self.deps.shelf.aside_rows(&self.plan.name, &lane, ROWS);
-            self.loads.push(async move { (lane, rows.await) }.boxed());
+            self.load(lane, ROWS);
         }
+        while self.may_load()
+            && let Some(allowed) = self.replays.allows(REPLAYS, Instant::now())
+            && let Some(lane) = self.asides.take_replay()
+        {
+            self.load(lane, allowed.min(ROWS));
+        }
+    }
+
+    fn load(&mut self, lane: Box<str>, limit: usize) {
+        let rows = self.deps.shelf.aside_rows(&self.plan.name, &lane, limit);
+        self.loads.push(async move { (lane, rows.await) }.boxed());
+    }
+
+    /// The rows that may go now: replayed ones go at their own rate, and nothing of a key goes before them.
+    fn paced(&mut self, lane: &str, mut rows: Vec<AsideRow>) -> Vec<AsideRow> {
+        let wanted = rows.iter().filter(|row| row.replayed).count();
+        if wanted == 0 {
+            return rows;
+        }
+        let mut allowed = self.replays.take(wanted, Instant::now());
+        if allowed < wanted {
+            rows.retain({
+                let mut open = true;
+                move |row| {
+                    open &= !row.replayed || allowed > 0;
+                    allowed -= usize::from(open && row.replayed);
+                    open
+                }
+            });
+            self.asides.throttle(lane, rows.is_empty());
+        }
+        rows
     }
 
     /// The rows of a key are here: prepare them again and put them into the lanes, in order.
     pub(super) async fn loaded(&mut self, lane: &str, rows: Vec<AsideRow>) -> Result<(), LogError> {
         if !self.asides.is_loading(lane) {
+            return Ok(());
+        }
+        let found = rows.len();
+        let rows = self.paced(lane, rows);
+        if rows.is_empty() && found > 0 {
             return Ok(());
         }
         let (mut settlement, mut settled) = (Settlement::default(), Settled::default());
@@ -202,19 +240,18 @@ impl Actor {
     }
 
     /// Skips a record that lies on the shelf: only a key's first row can be skipped.
-    pub(super) async fn skip_shelved(&mut self, id: RecordId) -> Option<RecordId> {
+    pub(super) async fn skip_shelved(&mut self, id: RecordId, told: Told) {
         for lane in self.asides.waiting_lanes() {
-            let rows = self.deps.shelf.aside_rows(&self.plan.name, &lane, 1).await.ok()?;
+            let Ok(rows) = self.deps.shelf.aside_rows(&self.plan.name, &lane, 1).await else { return };
             if let Some(row) = rows.into_iter().find(|row| row.record.id == id) {
                 let error = "skipped by an operator".into();
                 let letter =
                     self.letter(row.row, row.record, DeadReason::Skipped, row.attempts, error, "sink", row.rendered);
                 let settlement = Settlement { dead: vec![letter], ..Settlement::default() };
-                self.settle(settlement, Settled { left: vec![lane], ..Settled::default() });
-                return Some(id);
+                return self
+                    .settle(settlement, Settled { left: vec![lane], tell: vec![told.of(id)], ..Settled::default() });
             }
         }
-        None
     }
 
     /// Remembers which keys have dead letters, so that they can be marked as overtaken, or hold their key.

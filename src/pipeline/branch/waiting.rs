@@ -5,7 +5,7 @@
 //! shelf: what a count misses would wait for ever.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 
 use super::lanes::Since;
 use crate::clock::Timestamp;
@@ -48,6 +48,10 @@ struct Aside {
     moving: u32,
     /// Rows were added since they were last read.
     look_again: bool,
+    /// Its first row was replayed: it waits for its turn among those, not for a time.
+    replayed: bool,
+    /// It stands in `replays`.
+    listed: bool,
     failures: Option<Failures>,
 }
 
@@ -62,6 +66,8 @@ impl Aside {
 pub(super) struct Asides {
     lanes: HashMap<Box<str>, Aside>,
     tries: BinaryHeap<Reverse<(Timestamp, Box<str>)>>,
+    /// Keys whose first row was replayed, in the order of their coming.
+    replays: VecDeque<Box<str>>,
     blocked: usize,
     /// Keys of an earlier run by their last row: not tried until the branch has read so far again. What was delivered of
     /// them and lies beyond the cursor goes once more, and before their rows (LOG.md 11).
@@ -108,13 +114,19 @@ impl Asides {
             stage: Stage::Waiting,
             moving: 0,
             look_again: false,
+            replayed: false,
+            listed: false,
             failures: None,
         });
         let was_blocked = aside.stage == Stage::Blocked;
         change(aside);
         let is_blocked = aside.stage == Stage::Blocked;
         if aside.stage == Stage::Waiting && aside.moving == 0 {
-            self.tries.push(Reverse((aside.next_try, lane.into())));
+            if !aside.replayed {
+                self.tries.push(Reverse((aside.next_try, lane.into())));
+            } else if !std::mem::replace(&mut aside.listed, true) {
+                self.replays.push_back(lane.into());
+            }
         }
         self.blocked = self.blocked + usize::from(is_blocked) - usize::from(was_blocked);
     }
@@ -170,6 +182,7 @@ impl Asides {
             aside.rows += rows;
             aside.next_try = next_try;
             aside.look_again = true;
+            aside.replayed = false;
             aside.failures = failures;
             if aside.stage != Stage::Blocked {
                 aside.stage = Stage::Waiting;
@@ -190,7 +203,7 @@ impl Asides {
     pub(super) fn replayed(&mut self, lane: &AsideLane) {
         self.put(&lane.lane, |aside| {
             aside.rows = aside.rows.max(lane.rows);
-            aside.look_again = true;
+            (aside.look_again, aside.replayed) = (true, true);
             // What is in memory of the key goes on; the replayed rows follow when it is through.
             if !matches!(aside.stage, Stage::Trying(_) | Stage::Loading) {
                 (aside.stage, aside.next_try) = (Stage::Waiting, Timestamp::MIN);
@@ -223,13 +236,43 @@ impl Asides {
             && *at <= now
             && let Some(Reverse((at, lane))) = self.tries.pop()
         {
-            let due = |aside: &&mut Aside| aside.stage == Stage::Waiting && aside.next_try == at && aside.moving == 0;
+            let due = |aside: &&mut Aside| {
+                aside.stage == Stage::Waiting && aside.next_try == at && aside.moving == 0 && !aside.replayed
+            };
             if let Some(aside) = self.lanes.get_mut(&lane).filter(due) {
                 (aside.stage, aside.look_again) = (Stage::Loading, false);
                 return Some(lane);
             }
         }
         None
+    }
+
+    /// A replayed key whose turn it is; its rows are read next.
+    pub(super) fn take_replay(&mut self) -> Option<Box<str>> {
+        while let Some(lane) = self.replays.pop_front() {
+            let Some(aside) = self.lanes.get_mut(&lane) else { continue };
+            aside.listed = false;
+            if aside.stage == Stage::Waiting && aside.moving == 0 && aside.replayed {
+                (aside.stage, aside.look_again, aside.replayed) = (Stage::Loading, false, false);
+                return Some(lane);
+            }
+        }
+        None
+    }
+
+    /// True when a replayed key waits for its turn.
+    pub(super) fn has_replays(&self) -> bool {
+        !self.replays.is_empty()
+    }
+
+    /// Replayed rows of the key have to wait for their turn; `all` of what was read, or what follows it.
+    pub(super) fn throttle(&mut self, lane: &str, all: bool) {
+        self.put(lane, |aside| {
+            aside.replayed = true;
+            if all && aside.stage == Stage::Loading {
+                (aside.stage, aside.next_try) = (Stage::Waiting, Timestamp::MIN);
+            }
+        });
     }
 
     /// True while the rows that were read may be tried: nothing blocked the key meanwhile.
@@ -339,7 +382,7 @@ mod tests {
         };
         asides.replayed(&replayed);
         asides.left("=a");
-        assert_eq!(asides.take_due(Timestamp::MAX).as_deref(), Some("=a"), "by count there was none left");
+        assert_eq!(asides.take_replay().as_deref(), Some("=a"), "by count there was none left");
         asides.trying("=a", 0);
         assert!(!asides.holds("=a"));
     }
