@@ -14,12 +14,23 @@ pub enum Meant {
     Elsewhere,
     /// The record came from this very region: sending it back would make a loop.
     CameFromHere,
+    /// The record came over from another region, which has sent it to all others itself: it goes no further.
+    CameOver,
 }
 
-/// Whether the branch of `sink` in `region`, a target of `kind`, is meant for the record.
-pub fn meant_for(record: &Record, sink: &str, region: Option<&str>, kind: TargetKind) -> Meant {
-    if record.origin.is_some() && record.origin.as_deref() == region {
-        return Meant::CameFromHere;
+/// Whether the branch of `sink` in `region`, a target of `kind`, is meant for the record; `here` is the region of this
+/// instance, where the file names one.
+///
+/// With three regions that all send to each other it is not enough to send nothing back: the other two would go on
+/// between them for ever.
+pub fn meant_for(record: &Record, sink: &str, region: Option<&str>, kind: TargetKind, here: Option<&str>) -> Meant {
+    if let (Some(origin), Some(region)) = (record.origin.as_deref(), region) {
+        if origin == region {
+            return Meant::CameFromHere;
+        }
+        if here.is_some_and(|here| here != origin && here != region) {
+            return Meant::CameOver;
+        }
     }
     let Some(target) = &record.target else { return Meant::Here };
     let kind_fits = target.kind.is_none_or(|wanted| wanted == kind);
@@ -44,9 +55,35 @@ mod tests {
 
     #[test]
     fn a_write_without_a_target_goes_everywhere_but_to_where_it_came_from() {
-        assert_eq!(meant_for(&record(None, None), "redis", Some("eu"), TargetKind::Cache), Meant::Here);
-        assert_eq!(meant_for(&record(None, Some("eu")), "redis", Some("eu"), TargetKind::Cache), Meant::CameFromHere);
-        assert_eq!(meant_for(&record(None, Some("us")), "redis", None, TargetKind::Cache), Meant::Here);
+        let meant = |origin, region| meant_for(&record(None, origin), "redis", region, TargetKind::Cache, None);
+        assert_eq!(meant(None, Some("eu")), Meant::Here);
+        assert_eq!(meant(Some("eu"), Some("eu")), Meant::CameFromHere);
+        assert_eq!(meant(Some("us"), None), Meant::Here);
+        assert_eq!(meant(Some("us"), Some("eu")), Meant::Here, "an instance of no region passes on");
+    }
+
+    #[test]
+    fn in_a_full_mesh_each_region_gets_each_record_once_from_where_it_was_written() {
+        let regions = ["ap", "eu", "us"];
+        for written in regions {
+            let mut arrived = Vec::new();
+            let mut under_way = vec![written];
+            while let Some(here) = under_way.pop() {
+                for region in regions {
+                    let record = record(None, Some(written));
+                    let meant = meant_for(&record, "http", Some(region), TargetKind::Http, Some(here));
+                    assert!(arrived.len() < 10, "it circulates: {arrived:?}");
+                    match meant {
+                        Meant::Here if region == here => arrived.push(region),
+                        Meant::Here => under_way.push(region),
+                        _ => {}
+                    }
+                }
+            }
+            arrived.sort_unstable();
+            let others: Vec<&str> = regions.into_iter().filter(|region| *region != written).collect();
+            assert_eq!(arrived, others, "written in {written}");
+        }
     }
 
     #[test]
@@ -55,7 +92,7 @@ mod tests {
             let texts = |words: &[&str]| words.iter().map(ToString::to_string).collect();
             record(Some(Target { kind, regions: texts(regions), sinks: texts(sinks) }), None)
         };
-        let fits = |record: &Record| meant_for(record, "redis", Some("eu"), TargetKind::Cache) == Meant::Here;
+        let fits = |record: &Record| meant_for(record, "redis", Some("eu"), TargetKind::Cache, None) == Meant::Here;
         assert!(fits(&target(Some(TargetKind::Cache), &["us", "eu"], &["redis"])));
         assert!(!fits(&target(Some(TargetKind::Database), &[], &[])));
         assert!(!fits(&target(None, &["us"], &[])));

@@ -46,10 +46,12 @@ pub(super) struct Done {
     responses(
         (status = 200, description = "It pauses, and that is durable", body = Done),
         (status = 404, description = "`no_namespace` or `no_branch`"),
+        (status = 503, description = "`busy`: nobody can say whether the order is followed"),
     ))]
 pub(super) async fn pause(view: &View, branch: &str, order: PauseOrder) -> Answer {
     let (name, handle) = find(view, branch)?;
-    handle.pause(order.note.unwrap_or_else(|| "paused by an operator".to_owned())).await;
+    let followed = handle.pause(order.note.unwrap_or_else(|| "paused by an operator".to_owned())).await;
+    durable(followed)?;
     Ok(done(view, name, "pause", None))
 }
 
@@ -57,12 +59,13 @@ pub(super) async fn pause(view: &View, branch: &str, order: PauseOrder) -> Answe
 #[utoipa::path(post, path = "/api/v1/wal/namespace/{ns}/branches/{branch}/resume", tag = "branches",
     params(("ns" = String, Path, description = "The namespace"), ("branch" = String, Path, description = "`sink` or `sink@region`")),
     responses(
-        (status = 200, description = "It sends again", body = Done),
+        (status = 200, description = "It sends again, and that is durable", body = Done),
         (status = 404, description = "`no_namespace` or `no_branch`"),
+        (status = 503, description = "`busy`: nobody can say whether the order is followed"),
     ))]
 pub(super) async fn resume(view: &View, branch: &str) -> Answer {
     let (name, handle) = find(view, branch)?;
-    handle.resume().await;
+    durable(handle.resume().await)?;
     Ok(done(view, name, "resume", None))
 }
 
@@ -86,6 +89,12 @@ pub(super) async fn skip(view: &View, branch: &str, order: SkipOrder) -> Answer 
         return Err(Problem::new(StatusCode::CONFLICT, "nothing_to_skip", detail));
     };
     Ok(done(view, name, "skip", Some(id)))
+}
+
+/// 503 for an order of which nobody can say whether it is followed.
+fn durable(followed: bool) -> Result<(), Problem> {
+    let detail = "the branch does not answer, or its log takes no changes; look at its status, then try again";
+    if followed { Ok(()) } else { Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "busy", detail)) }
 }
 
 fn find<'a>(view: &'a View, branch: &str) -> Result<(&'a BranchName, &'a Arc<BranchHandle>), Problem> {

@@ -195,7 +195,7 @@ fn lags(page: &Page, instance: &dyn Instance, views: &[View]) -> Result<(), prom
             dead.with_label_values(&labels).set(whole(letters));
             dead_bytes.with_label_values(&labels).set(whole(size));
             let status = handle.board().status();
-            for cause in ["breaker", "refused", "dead_letters_full", "set_aside_full", "operator"] {
+            for cause in ["breaker", "refused", "dead_letters_full", "dead_letters_copy", "operator"] {
                 let here = status.pause.as_ref().is_some_and(|pause| pause.cause == cause);
                 paused.with_label_values(&[ns, name.as_str(), cause]).set(i64::from(here));
             }
@@ -206,7 +206,7 @@ fn lags(page: &Page, instance: &dyn Instance, views: &[View]) -> Result<(), prom
 
 fn counts(page: &Page, views: &[View]) -> Result<(), prometheus::Error> {
     type Pick = fn(&BranchCounters) -> u64;
-    let all: [(&str, &str, Pick); 8] = [
+    let all: [(&str, &str, Pick); 9] = [
         ("walflow_delivered_records_total", "Deliveries that a target took", |c| c.delivered.load(Ordering::Relaxed)),
         ("walflow_delivered_bytes_total", "Their payload bytes", |c| c.delivered_bytes.load(Ordering::Relaxed)),
         ("walflow_dropped_records_total", "Records that a filter or script ended", |c| {
@@ -220,6 +220,9 @@ fn counts(page: &Page, views: &[View]) -> Result<(), prometheus::Error> {
             c.set_aside.load(Ordering::Relaxed)
         }),
         ("walflow_dead_letters_total", "Deliveries that ended in the dead letters", |c| c.dead.load(Ordering::Relaxed)),
+        ("walflow_dead_letter_copies_failed_total", "Copies of dead letters that could not be written", |c| {
+            c.copies_failed.load(Ordering::Relaxed)
+        }),
         ("walflow_branch_restarts_total", "Times that a branch fell over and was started again", |c| {
             c.restarts.load(Ordering::Relaxed)
         }),

@@ -30,6 +30,8 @@ const LONGEST_KEY: usize = 1_024;
 const LARGEST_COPY: usize = 64 << 10;
 /// The longest idempotency key, in bytes.
 const LONGEST_IDEMPOTENCY_KEY: usize = 255;
+/// The longest origin, in bytes.
+const LONGEST_ORIGIN: usize = 255;
 /// Metadata and tags at most, in bytes.
 const MOST_METADATA: usize = 16 << 10;
 
@@ -77,6 +79,10 @@ pub(super) struct Envelope<'a> {
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
     tags: Vec<Box<str>>,
+    /// For a write that another walflow sends on: the region where it was first written. It goes no further than this region.
+    #[serde(borrow, default)]
+    #[schema(value_type = Option<String>)]
+    origin: Option<Cow<'a, str>>,
 }
 
 /// `null` is a payload too.
@@ -145,6 +151,12 @@ impl Envelope<'_> {
             },
         };
         check_length("key", key.as_deref(), LONGEST_KEY)?;
+        check_length("origin", self.origin.as_deref(), LONGEST_ORIGIN)?;
+        if self.origin.is_some() && self.origin.as_deref() == inlet.origin.as_deref() {
+            let detail =
+                "this write came from here: whoever sends it back must have this region under `replicate.regions`";
+            return Err(Problem::new(StatusCode::CONFLICT, "loop", detail).failed());
+        }
         check_length("idempotency key", idempotency.as_deref(), LONGEST_IDEMPOTENCY_KEY)?;
         if let Some(schema) = inlet.schema.as_ref() {
             schema.check(&payload).map_err(|faults| Problem::schema(schema.path(), faults).failed())?;
@@ -158,7 +170,7 @@ impl Envelope<'_> {
             target,
             priority: self.priority,
             tags: self.tags,
-            origin: inlet.origin.as_deref().map(Into::into),
+            origin: self.origin.as_deref().or(inlet.origin.as_deref()).map(Into::into),
             idempotency_key: idempotency.as_deref().map(Into::into),
             binary,
             ..Record::new(RecordId::from_bytes([0; 16]), now, payload)

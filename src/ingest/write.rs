@@ -29,7 +29,7 @@ pub(super) const LARGEST_BODY: u64 = (16 << 20) / 3 * 4 + (64 << 10);
     responses(
         (status = 202, description = "Durable now", body = Accepted),
         (status = 408, description = "`slow_body`"),
-        (status = 409, description = "`key_running`: the first write with this idempotency key is still under way"),
+        (status = 409, description = "`key_running`: the first write with this idempotency key is still under way; `loop`: its `origin` is this very region"),
         (status = 413, description = "`too_large`"),
         (status = 415, description = "`content_type`: the body is not JSON"),
         (status = 422, description = "`schema`, `delay`, `target`, `key` or `key_reused`"),

@@ -335,7 +335,8 @@ impl Describe<'_> {
                 [self.own_pointer(), "/sink".to_owned()].map(|sink| format!("{sink}/dead_letters/also/file/path"));
             format!("; a copy to {}", self.written(&[own, all], &also.file.path))
         });
-        facts.push(fact("dead letters", format!("{then}; at {} the branch pauses{also}", letters.size)));
+        let (size, replay) = (letters.size, letters.replay);
+        facts.push(fact("dead letters", format!("{then}; at {size} the branch pauses; replayed at {replay}{also}")));
         BranchReport {
             name: branch.name.to_string(),
             kind,

@@ -14,8 +14,10 @@ use crate::record::Record;
 pub struct AsideLane {
     /// The lane: the record's key, or for a keyless record a name of its own.
     pub lane: Box<str>,
-    /// Its first row; records of this lane above the cursor and below it are ended.
+    /// Its first row.
     pub first: RowKey,
+    /// Its last row: until a branch has read so far, older records of the key may have to go before it again.
+    pub last: RowKey,
     /// How many rows wait.
     pub rows: u64,
     /// When to try the first row again.

@@ -235,8 +235,9 @@ pub struct StageSpec {
 pub struct ReplicateSpec {
     /// Each region is a branch of its own; its map overrides the sink's fields.
     pub regions: IndexMap<String, RegionSpec>,
-    /// The region that this instance is in: its name is the origin tag of what it accepts, and a record that comes
-    /// back to it ends there (the loop guard). Default: none.
+    /// The region that this instance is in: the origin tag of what clients write here. Between two walflows the tag travels
+    /// in the body, `origin: "{record.origin}"`; what came over goes to this region's own branches only, and never back
+    /// (the loop guard). Default: none.
     pub origin: Option<String>,
 }
 

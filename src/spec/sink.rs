@@ -159,13 +159,19 @@ pub struct DeadLettersSpec {
     pub size: ByteSize,
     /// `pass` lets later records of the key go on; `block` holds them until the letter is replayed or purged. Default: pass.
     pub on_dead_letter: OnDeadLetter,
-    /// Also write a copy of each to a file.
+    /// How fast replayed letters go to the target at most, so that they crowd out nobody; `limits.rate` holds too.
+    /// Default: 100/s.
+    pub replay: Rate,
+    /// Also write a copy of each to a file. The copy is part of the end: it is on the disk before the letter counts, and a
+    /// file that cannot be written pauses the branch until it can (`dead_letters_copy`). Only a letter from which
+    /// the path cannot be made goes without a copy, counted.
     pub also: Option<AlsoSpec>,
 }
 
 impl Default for DeadLettersSpec {
     fn default() -> Self {
-        Self { size: ByteSize(1 << 30), on_dead_letter: OnDeadLetter::Pass, also: None }
+        let replay = Rate { count: 100, per: std::time::Duration::from_secs(1) };
+        Self { size: ByteSize(1 << 30), on_dead_letter: OnDeadLetter::Pass, replay, also: None }
     }
 }
 

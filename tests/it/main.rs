@@ -13,6 +13,7 @@
 
 mod crash;
 mod harness;
+mod hop;
 mod hostile;
 mod http;
 mod outage;

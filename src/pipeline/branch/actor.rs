@@ -13,12 +13,13 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::breaker::{Breaker, Circuit};
+use super::copies::Copies;
 use super::lanes::{Delivery, Lanes};
 use super::pace::Pace;
 use super::prepare::{Prepared, Stillborn, is_cheap, prepare};
 use super::stats::{Board, BranchCounters, Pause};
 use super::waiting::Asides;
-use super::{BranchDeps, Command};
+use super::{BranchDeps, Command, Told};
 use crate::clock::Timestamp;
 use crate::pipeline::plan::BranchPlan;
 use crate::record::Position;
@@ -33,6 +34,8 @@ const WINDOW: u64 = 8_192;
 const WINDOW_BYTES: usize = 16 << 20;
 /// Records taken from the log at once.
 const READ: usize = 512;
+/// Replayed letters go in portions of about so many, so that their key is not read anew for each.
+pub(super) const REPLAYS: usize = 25;
 /// How often what nobody announces is looked at: room for dead letters, blocked keys.
 const TICK: Duration = Duration::from_millis(250);
 /// How often a branch with nothing to do looks whether its cursor has become durable.
@@ -60,6 +63,14 @@ pub(super) struct Settled {
     pub(super) joined: Vec<Box<str>>,
     /// Rows of these lanes left the shelf.
     pub(super) left: Vec<Box<str>>,
+    /// Somebody waits for it.
+    pub(super) tell: Vec<Told>,
+}
+
+impl Settled {
+    pub(super) const fn is_empty(&self) -> bool {
+        self.ends.is_empty() && self.joined.is_empty() && self.left.is_empty() && self.tell.is_empty()
+    }
 }
 
 pub(super) struct Actor {
@@ -89,11 +100,12 @@ pub(super) struct Actor {
     ended: HashSet<RowKey>,
     /// Beyond the stored cursor, ended under an earlier plan of this run.
     passed: HashSet<Position>,
-    first_rows: HashMap<Box<str>, RowKey>,
     pub(super) batches: FuturesUnordered<BoxFuture<'static, BatchDone>>,
     pub(super) settles: FuturesUnordered<BoxFuture<'static, (Result<(), LogError>, Settled)>>,
     pub(super) loads: FuturesUnordered<BoxFuture<'static, (Box<str>, Result<Vec<AsideRow>, LogError>)>>,
-    pub(super) also: Option<Arc<dyn Sink>>,
+    pub(super) copies: Copies,
+    pub(super) copying: FuturesUnordered<BoxFuture<'static, Written>>,
+    pub(super) replays: Pace,
     incomplete_since: Option<Instant>,
     read_to: Position,
     stored: Position,
@@ -139,7 +151,7 @@ pub(super) async fn run(
     let mut actor = Actor {
         lanes: Lanes::default(),
         breaker: Breaker::default(),
-        asides: Asides::new(now, &start.lanes),
+        asides: Asides::new(now, start.cursor, &start.lanes),
         frontier: Frontier::new(start.cursor),
         pause: start.pause.as_ref().map(restore_pause),
         accepted: 0,
@@ -155,11 +167,12 @@ pub(super) async fn run(
         sink,
         ended: start.ended,
         passed,
-        first_rows: start.lanes.into_iter().map(|lane| (lane.lane, lane.first)).collect(),
         batches: FuturesUnordered::new(),
         settles: FuturesUnordered::new(),
         loads: FuturesUnordered::new(),
-        also,
+        copies: Copies::new(also),
+        copying: FuturesUnordered::new(),
+        replays: Pace::new(Some(replay_rate(&plan)), Instant::now()),
         incomplete_since: None,
         read_to: start.cursor,
         stored: start.cursor,
@@ -175,6 +188,13 @@ pub(super) async fn run(
     actor.board.update(|status| status.pause.clone_from(&actor.pause));
     actor.learn_dead_letters().await?;
     actor.run(start.subscription, &mut commands).await
+}
+
+/// How fast replayed letters go: a second's worth may go at once.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "far less than fits, and more than none")]
+fn replay_rate(plan: &BranchPlan) -> (f64, u32) {
+    let per_second = plan.dead_letters.replay.per_second();
+    (per_second, per_second.max(1.0) as u32)
 }
 
 fn restore_pause(stored: &StoredPause) -> Pause {
@@ -195,9 +215,13 @@ impl Actor {
         loop {
             self.dispatch();
             self.store_frontier();
+            if self.is_halting() && self.copies.is_failing() {
+                self.forgo_copies();
+            }
             if self.is_halting()
                 && self.batches.is_empty()
                 && self.settles.is_empty()
+                && self.copies.is_idle()
                 && self.stored == self.frontier.position()
             {
                 return Ok(Ended::Drained);
@@ -224,6 +248,7 @@ impl Actor {
                     result?;
                     self.settled(settled);
                 }
+                Some(written) = self.copying.next(), if !self.copying.is_empty() => self.copied(written),
                 (subscription, prepared) = async { match &mut reading { Some(read) => read.await, None => std::future::pending().await } } => {
                     reading = None;
                     idle = Some(subscription);
@@ -257,8 +282,9 @@ impl Actor {
     fn may_read(&self) -> bool {
         !self.is_halting()
             && self.has_room()
-            && self.pause.as_ref().is_none_or(|pause| pause.cause != "dead_letters_full")
-            && self.read_to.0.saturating_sub(self.deps.log.lag(&self.plan.name).cursor.0) < WINDOW
+            && self.pause.as_ref().is_none_or(|pause| !pause.cause.starts_with("dead_letters"))
+            && (self.asides.wait_for(self.read_to)
+                || self.read_to.0.saturating_sub(self.deps.log.lag(&self.plan.name).cursor.0) < WINDOW)
     }
 
     pub(super) fn has_room(&self) -> bool {
@@ -335,9 +361,9 @@ impl Actor {
                     Ok((event, case)) => {
                         let delivery = Delivery::new(row, event, case, self.plan.ordering == Ordering::Key);
                         let lane = delivery.lane();
-                        if self.first_rows.get(&lane).is_some_and(|first| row < *first) {
-                            self.frontier.end(position);
-                        } else if self.asides.holds(&lane) {
+                        // A record of an earlier run may have been delivered before its key was set aside. It goes
+                        // again, before those rows: what has no end of its own is not taken as ended.
+                        if self.asides.holds(&lane) {
                             let next_try = self.asides.joined(&lane);
                             settlement.aside.push(aside_row(&delivery, lane.clone(), next_try, self.deps.clock.now()));
                             settled.ends.push(position);
@@ -354,6 +380,8 @@ impl Actor {
         if !settlement.is_frontier_only() {
             self.settle(settlement, settled);
         }
+        // Only now: what has joined is on its way, so the rows are not read before it is there.
+        self.asides.has_read(self.read_to);
         if died {
             self.is_full();
         }
@@ -420,7 +448,7 @@ impl Actor {
             {
                 self.lanes.landed(&delivery.lane(), 1);
                 let error = "it was under way at three stops in a row that were not orderly";
-                return self.end_badly(delivery, crate::source::DeadReason::Crash, error.into());
+                return self.end_badly(delivery, crate::source::DeadReason::Crash, error.into(), Vec::new());
             }
         }
         let frontier = self.frontier.position();
@@ -447,17 +475,6 @@ impl Actor {
         self.batches.push(attempt.boxed());
     }
 
-    /// Hands ends to the shelf; `settled` happens when they are durable.
-    pub(super) fn settle(&mut self, mut settlement: Settlement, settled: Settled) {
-        // Only what has its end: the positions of this settlement follow when it is durable.
-        settlement.frontier = Some(self.frontier.position());
-        for lane in settled.left.iter().chain(&settled.joined) {
-            self.asides.moves(lane);
-        }
-        let settling = self.deps.shelf.settle(&self.plan.name, settlement);
-        self.settles.push(async move { (settling.await, settled) }.boxed());
-    }
-
     pub(super) fn settled(&mut self, settled: Settled) {
         for position in settled.ends {
             self.frontier.end(position);
@@ -469,6 +486,7 @@ impl Actor {
             self.asides.moved(&lane);
             self.asides.left(&lane);
         }
+        settled.tell.into_iter().for_each(Told::now);
         self.load_due();
     }
 
@@ -502,13 +520,19 @@ impl Actor {
         // Reading goes on when the cursor is durable, of which nobody tells.
         let stalled = (self.lanes.len() == 0 && !self.is_halting() && !self.may_read()).then(|| now + STALL);
         let drained = self.draining.filter(|_| !self.is_halting());
-        [drained, self.lanes.next_wait().filter(|_| !blocked), open, linger, pace, tick, stalled]
+        let copy = self.copies.retry_at();
+        let replay = (self.asides.has_replays() && self.may_load())
+            .then(|| self.replays.wait_for(REPLAYS).map(|wait| now + wait))
+            .flatten();
+        [drained, copy, replay, self.lanes.next_wait().filter(|_| !blocked), open, linger, pace, tick, stalled]
             .into_iter()
             .flatten()
             .min()
     }
 
     async fn tick(&mut self) -> Result<(), LogError> {
+        self.copy();
+        self.load_due();
         if self.ticked.elapsed() < TICK {
             return Ok(());
         }
@@ -516,7 +540,7 @@ impl Actor {
         if self.pause.as_ref().is_some_and(|pause| pause.cause == "dead_letters_full") {
             self.count_dead_bytes();
             if self.dead_bytes < self.plan.dead_letters.size.0 {
-                self.end_pause(false);
+                self.end_pause(false, Settled::default());
             }
         }
         self.look_at_blocked().await

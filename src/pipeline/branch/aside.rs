@@ -7,12 +7,14 @@ use std::sync::Arc;
 
 use futures::FutureExt as _;
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
-use super::actor::{Actor, Settled};
+use super::Told;
+use super::actor::{Actor, REPLAYS, Settled};
 use super::lanes::{Delivery, Shelved, Siblings};
-use super::prepare::{Stillborn, choose, prepare};
+use super::prepare::{Prepared, Stillborn, choose, guarded, prepare};
 use crate::pipeline::plan::{BranchPlan, Plan};
-use crate::record::RecordId;
+use crate::record::{Position, Record, RecordId};
 use crate::source::{AsideLane, AsideRow, DeadLetter, DeadQuery, DeadReason, LogError, RowKey, Settlement, lane_of};
 use crate::spec::sink::OnDeadLetter;
 use crate::transform::Event;
@@ -25,14 +27,18 @@ const LOADS: usize = 16;
 const KNOWN_DEAD: usize = 10_000;
 
 /// What a row became.
-type Parts = Vec<Result<(Event, usize), Stillborn>>;
+pub(super) type Parts = Vec<Result<(Event, usize), Stillborn>>;
 
-/// What a row is to the branch now, run off the async threads.
-async fn again(
+/// [`prepare`], or what a test puts in its place.
+pub(super) type Prepare = fn(Position, Arc<Record>, &BranchPlan, &Plan, &Plan) -> Prepared;
+
+/// What a row is to the branch now, run off the async threads. A panic is the record's error.
+pub(super) async fn again(
     row: AsideRow,
     branch: Arc<BranchPlan>,
     now: Arc<Plan>,
     then: Arc<Plan>,
+    prepare: Prepare,
 ) -> Result<(Parts, Option<Box<str>>), LogError> {
     let work = move || {
         let prepared = prepare(row.row.position, Arc::clone(&row.record), &branch, &now, &then);
@@ -53,7 +59,8 @@ async fn again(
         (parts, prepared.dropped)
     };
     let failed = |_| LogError::Storage { act: "prepare a row of the shelf".into(), cause: "its thread ended".into() };
-    tokio::task::spawn_blocking(work).await.map_err(failed)
+    let guarded = move || guarded(work).unwrap_or_else(|stillborn| (vec![Err(stillborn)], None));
+    tokio::task::spawn_blocking(guarded).await.map_err(failed)
 }
 
 impl Actor {
@@ -67,14 +74,50 @@ impl Actor {
         while self.may_load()
             && let Some(lane) = self.asides.take_due(now)
         {
-            let rows = self.deps.shelf.aside_rows(&self.plan.name, &lane, ROWS);
-            self.loads.push(async move { (lane, rows.await) }.boxed());
+            self.load(lane, ROWS);
         }
+        while self.may_load()
+            && let Some(allowed) = self.replays.allows(REPLAYS, Instant::now())
+            && let Some(lane) = self.asides.take_replay()
+        {
+            self.load(lane, allowed.min(ROWS));
+        }
+    }
+
+    fn load(&mut self, lane: Box<str>, limit: usize) {
+        let rows = self.deps.shelf.aside_rows(&self.plan.name, &lane, limit);
+        self.loads.push(async move { (lane, rows.await) }.boxed());
+    }
+
+    /// The rows that may go now: replayed ones go at their own rate, and nothing of a key goes before them.
+    fn paced(&mut self, lane: &str, mut rows: Vec<AsideRow>) -> Vec<AsideRow> {
+        let wanted = rows.iter().filter(|row| row.replayed).count();
+        if wanted == 0 {
+            return rows;
+        }
+        let mut allowed = self.replays.take(wanted, Instant::now());
+        if allowed < wanted {
+            rows.retain({
+                let mut open = true;
+                move |row| {
+                    open &= !row.replayed || allowed > 0;
+                    allowed -= usize::from(open && row.replayed);
+                    open
+                }
+            });
+            self.asides.throttle(lane, rows.is_empty());
+        }
+        rows
     }
 
     /// The rows of a key are here: prepare them again and put them into the lanes, in order.
     pub(super) async fn loaded(&mut self, lane: &str, rows: Vec<AsideRow>) -> Result<(), LogError> {
         if !self.asides.is_loading(lane) {
+            return Ok(());
+        }
+        let found = rows.len();
+        let rows = self.paced(lane, rows);
+        if rows.is_empty() && found > 0 {
             return Ok(());
         }
         let (mut settlement, mut settled) = (Settlement::default(), Settled::default());
@@ -87,7 +130,7 @@ impl Actor {
             // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
             let then = if row.replayed { &now } else { in_force.at(row.row.position).unwrap_or(&now) };
             let (parts, dropped) =
-                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), Arc::clone(then)).await?;
+                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), Arc::clone(then), prepare).await?;
             let bad = parts.iter().any(Result::is_err);
             if bad && blocks && count > 0 {
                 // What lies before it goes first; then it is met again, and holds the rest.
@@ -197,19 +240,18 @@ impl Actor {
     }
 
     /// Skips a record that lies on the shelf: only a key's first row can be skipped.
-    pub(super) async fn skip_shelved(&mut self, id: RecordId) -> Option<RecordId> {
+    pub(super) async fn skip_shelved(&mut self, id: RecordId, told: Told) {
         for lane in self.asides.waiting_lanes() {
-            let rows = self.deps.shelf.aside_rows(&self.plan.name, &lane, 1).await.ok()?;
+            let Ok(rows) = self.deps.shelf.aside_rows(&self.plan.name, &lane, 1).await else { return };
             if let Some(row) = rows.into_iter().find(|row| row.record.id == id) {
                 let error = "skipped by an operator".into();
                 let letter =
                     self.letter(row.row, row.record, DeadReason::Skipped, row.attempts, error, "sink", row.rendered);
                 let settlement = Settlement { dead: vec![letter], ..Settlement::default() };
-                self.settle(settlement, Settled { left: vec![lane], ..Settled::default() });
-                return Some(id);
+                return self
+                    .settle(settlement, Settled { left: vec![lane], tell: vec![told.of(id)], ..Settled::default() });
             }
         }
-        None
     }
 
     /// Remembers which keys have dead letters, so that they can be marked as overtaken, or hold their key.

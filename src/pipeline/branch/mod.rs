@@ -7,6 +7,7 @@
 mod actor;
 mod aside;
 mod breaker;
+mod copies;
 mod lanes;
 mod orders;
 mod outcome;
@@ -68,11 +69,29 @@ pub enum Skip {
 
 pub(super) enum Command {
     Update(Arc<BranchPlan>),
-    Pause(String),
-    Resume,
-    Skip(Skip, oneshot::Sender<Option<RecordId>>),
+    Pause(String, Told),
+    Resume(Told),
+    Skip(Skip, Told),
     Drain(Instant),
 }
+
+/// The duty to tell somebody when what he asked for is durable; dropped, it says that it is not.
+pub(super) struct Told(oneshot::Sender<Option<RecordId>>, Option<RecordId>);
+
+impl Told {
+    /// The same, about a record.
+    fn of(self, id: RecordId) -> Self {
+        Self(self.0, Some(id))
+    }
+
+    fn now(self) {
+        // Whoever asked may be gone.
+        let _ = self.0.send(self.1);
+    }
+}
+
+/// The longest wait for an order to be durable.
+const ORDER: Duration = Duration::from_secs(20);
 
 /// The hold on a running branch. Dropping it stops the branch at once; what was under way is sent again at the next start.
 pub struct BranchHandle {
@@ -115,22 +134,30 @@ impl BranchHandle {
         let _ = self.commands.send(Command::Update(plan)).await;
     }
 
-    /// Stops sending until [`BranchHandle::resume`], over restarts too.
-    pub async fn pause(&self, note: String) {
-        let _ = self.commands.send(Command::Pause(note)).await;
+    /// Stops sending until [`BranchHandle::resume`], over restarts too. True when that is durable; false = nobody can say.
+    pub async fn pause(&self, note: String) -> bool {
+        self.order(|told| Command::Pause(note, told)).await.is_some()
     }
 
-    /// Ends any pause; an open breaker probes at once.
-    pub async fn resume(&self) {
-        let _ = self.commands.send(Command::Resume).await;
+    /// Ends any pause; an open breaker probes at once. True when that is durable; false = nobody can say.
+    pub async fn resume(&self) -> bool {
+        self.order(Command::Resume).await.is_some()
     }
 
-    /// Sends a waiting delivery to the dead letters. Gives its record, or `None` when there is no such delivery or it is
-    /// under way.
+    /// Sends a waiting delivery to the dead letters. Gives its record when that is durable, or `None` when there is no such
+    /// delivery or it is under way.
     pub async fn skip(&self, which: Skip) -> Option<RecordId> {
+        self.order(|told| Command::Skip(which, told)).await.flatten()
+    }
+
+    /// Gives an order and waits until it is durable, with a bound; `None` = it was not followed, or not in time.
+    async fn order(&self, order: impl FnOnce(Told) -> Command) -> Option<Option<RecordId>> {
         let (answer, wait) = oneshot::channel();
-        self.commands.send(Command::Skip(which, answer)).await.ok()?;
-        wait.await.ok().flatten()
+        let followed = async {
+            self.commands.send(order(Told(answer, None))).await.ok()?;
+            wait.await.ok()
+        };
+        tokio::time::timeout(ORDER, followed).await.ok().flatten()
     }
 
     /// Sends what is left while the target takes it, waits for what is under way, settles, and ends; at the deadline it

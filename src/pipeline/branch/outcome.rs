@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use super::Told;
 use super::actor::{Actor, BatchDone, Settled, aside_row};
 use super::breaker::Circuit;
 use super::lanes::{Delivery, Since};
@@ -13,9 +14,8 @@ use super::stats::{BranchCounters, Pause};
 use super::waiting::Failures;
 use crate::clock::Timestamp;
 use crate::record::Record;
-use crate::sink::{Failure, Operation, Verdict};
+use crate::sink::{Failure, Verdict};
 use crate::source::{DeadLetter, DeadReason, RowKey, Settlement, StoredPause};
-use crate::transform::Event;
 
 /// A key that failed so often, or has to wait longer than this, goes to the shelf so that the frontier can pass it.
 const ASIDE_AFTER: (u32, Duration) = (3, Duration::from_secs(2));
@@ -261,8 +261,8 @@ impl Actor {
     }
 
     /// Ends one delivery in the dead letters. Nothing of its lane may be under way.
-    pub(super) fn end_badly(&mut self, delivery: Delivery, reason: DeadReason, error: Box<str>) {
-        let (mut settlement, mut settled) = (Settlement::default(), Settled::default());
+    pub(super) fn end_badly(&mut self, delivery: Delivery, reason: DeadReason, error: Box<str>, tell: Vec<Told>) {
+        let (mut settlement, mut settled) = (Settlement::default(), Settled { tell, ..Settled::default() });
         self.end_in(delivery, reason, error, &mut settlement, &mut settled);
         self.settle(settlement, settled);
     }
@@ -309,7 +309,7 @@ impl Actor {
         }
     }
 
-    /// Writes a dead letter, and the copy that the file asks for.
+    /// Writes a dead letter.
     #[expect(clippy::too_many_arguments, reason = "a letter's fields, each of another origin")]
     pub(super) fn letter(
         &mut self,
@@ -338,9 +338,6 @@ impl Actor {
             record,
             overtaken: false,
         };
-        if let Some(also) = self.also.clone() {
-            copy(also, &letter);
-        }
         tracing::warn!(namespace = %self.deps.namespace, branch = %letter.branch, id = %letter.record.id,
             reason = ?letter.reason, error = %letter.last_error, "dead letter");
         letter
@@ -371,7 +368,15 @@ impl Actor {
     }
 
     pub(super) fn begin_pause(&mut self, cause: &'static str, note: String) {
-        if self.pause.as_ref().is_some_and(|pause| pause.cause == cause || pause.cause == "operator") {
+        self.pause_and_tell(cause, note, Settled::default());
+    }
+
+    /// Pauses; whoever waits is told when that is durable, if it is to outlive a restart.
+    pub(super) fn pause_and_tell(&mut self, cause: &'static str, note: String, settled: Settled) {
+        // A pause that only a person ends gives way to none that ends by itself.
+        let stays = |known: &str| known == cause || known == "operator" || (known == "refused" && cause != "operator");
+        if self.pause.as_ref().is_some_and(|pause| stays(pause.cause)) {
+            settled.tell.into_iter().for_each(Told::now);
             return;
         }
         let since = self.deps.clock.now();
@@ -381,20 +386,21 @@ impl Actor {
         tracing::warn!(namespace = %self.deps.namespace, branch = %self.plan.name, cause, note, "branch pauses");
         if matches!(cause, "refused" | "operator") {
             let stored = StoredPause { cause: cause.into(), note: note.as_str().into(), since };
-            self.settle(Settlement { pause: Some(Some(stored)), ..Settlement::default() }, Settled::default());
+            self.settle(Settlement { pause: Some(Some(stored)), ..Settlement::default() }, settled);
         }
         let pause = Pause { cause, note, since };
         self.board.update(|status| status.pause = Some(pause.clone()));
         self.pause = Some(pause);
     }
 
-    /// Ends the pause; `stored` also clears what would outlive a restart.
-    pub(super) fn end_pause(&mut self, stored: bool) {
+    /// Ends the pause; `stored` also clears what would outlive a restart, and whoever waits is told when that is durable.
+    pub(super) fn end_pause(&mut self, stored: bool, mut settled: Settled) {
         if let Some(pause) = self.pause.take() {
             tracing::info!(namespace = %self.deps.namespace, branch = %self.plan.name, cause = pause.cause, "branch goes on");
             self.board.update(|status| status.pause = None);
             if stored && matches!(pause.cause, "refused" | "operator") {
-                self.settle(Settlement { pause: Some(None), ..Settlement::default() }, Settled::default());
+                let ended = Settlement { pause: Some(None), ..Settlement::default() };
+                self.settle(ended, std::mem::take(&mut settled));
             }
             self.reopen();
             self.breaker.probe_now();
@@ -403,6 +409,7 @@ impl Actor {
                 self.begin_pause("breaker", "the target was away when it was last tried; it is probed".to_owned());
             }
         }
+        settled.tell.into_iter().for_each(Told::now);
     }
 }
 
@@ -411,21 +418,4 @@ fn refusal_note(error: &str) -> String {
         "the target refused half of the last 200 records ({error}): this looks like a bad deploy, not bad records. \
          Correct the pipeline or the target, then reload or resume"
     )
-}
-
-/// Writes a copy of the letter beside; the letter itself is on the shelf, so a failure here is only reported.
-fn copy(also: Arc<dyn crate::sink::Sink>, letter: &DeadLetter) {
-    let payload = String::from_utf8_lossy(&letter.record.payload).into_owned();
-    let line = serde_json::json!({
-        "messageId": letter.record.id, "branch": letter.branch, "at": letter.at, "reason": letter.reason,
-        "attempts": letter.attempts, "lastError": letter.last_error, "stage": letter.stage, "key": letter.record.key,
-        "payload": serde_json::from_str::<serde_json::Value>(&payload).unwrap_or(payload.into()),
-    });
-    let event = Event::original(Arc::clone(&letter.record)).with_payload(line.to_string().into());
-    tokio::spawn(async move {
-        let written = also.write(&[Operation { event, case: 0, region: None }]).await;
-        if let Some((_, failure)) = written.failed.first() {
-            tracing::error!(error = %failure, "the copy of a dead letter could not be written");
-        }
-    });
 }

@@ -6,6 +6,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+/// Whole tokens.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bounded by the burst, and never negative")]
+const fn whole(tokens: f64) -> usize {
+    tokens as usize
+}
+
 /// A branch's allowance. Without a rate everything may go.
 #[derive(Debug)]
 pub(super) struct Pace {
@@ -22,17 +28,12 @@ impl Pace {
     }
 
     /// How many may go now, at most `wanted`; they count as gone.
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        clippy::cast_precision_loss,
-        reason = "bounded by a batch"
-    )]
+    #[expect(clippy::cast_precision_loss, reason = "bounded by a batch")]
     pub(super) fn take(&mut self, wanted: usize, now: Instant) -> usize {
         let Some((per_second, burst)) = self.rate else { return wanted };
         self.tokens = (self.tokens + (now - self.filled).as_secs_f64() * per_second).min(burst);
         self.filled = now;
-        let taken = wanted.min(self.tokens as usize);
+        let taken = wanted.min(whole(self.tokens));
         self.tokens -= taken as f64;
         taken
     }
@@ -43,11 +44,26 @@ impl Pace {
         self.tokens += unused as f64;
     }
 
+    /// How many may go now if that is a portion of `portion`, or all that there can be; takes nothing.
+    pub(super) fn allows(&mut self, portion: usize, now: Instant) -> Option<usize> {
+        self.take(0, now);
+        let Some((_, burst)) = self.rate else { return Some(usize::MAX) };
+        let tokens = whole(self.tokens);
+        (tokens >= portion.min(whole(burst))).then_some(tokens)
+    }
+
     /// How long until one more may go; `None` when there is no rate.
     pub(super) fn wait(&self) -> Option<Duration> {
-        let (per_second, _) = self.rate?;
+        self.wait_for(1)
+    }
+
+    /// How long until a portion of `portion` may go, or all that there can be; `None` when there is no rate.
+    #[expect(clippy::cast_precision_loss, reason = "bounded by a batch")]
+    pub(super) fn wait_for(&self, portion: usize) -> Option<Duration> {
+        let (per_second, burst) = self.rate?;
+        let missing = ((portion as f64).min(burst) - self.tokens).max(0.0);
         // A little more than exact, so that the timer does not fire just before the token is there.
-        Some(Duration::from_secs_f64((1.0 - self.tokens).max(0.0) / per_second) + Duration::from_millis(1))
+        Some(Duration::from_secs_f64(missing / per_second) + Duration::from_millis(1))
     }
 }
 

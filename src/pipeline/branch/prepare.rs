@@ -59,8 +59,17 @@ pub(super) fn is_cheap(branch: &BranchPlan, plan: &Plan) -> bool {
         && conditions == 0
 }
 
+/// Runs `work`; a panic in it is the record's error, or the branch would meet the record again and again.
+pub(super) fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, Stillborn> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|_| Stillborn {
+        reason: DeadReason::Script,
+        stage: "transform".into(),
+        error: "a stage panicked on this record; this is a fault of walflow".into(),
+    })
+}
+
 /// What the record is to the branch. `then` was in force when it came and decides who takes it; `branch` and `now` say
-/// how it is changed and sent. A stage that panics is the record's error, or the branch would meet it again and again.
+/// how it is changed and sent.
 pub(super) fn prepare(
     position: Position,
     record: Arc<Record>,
@@ -69,12 +78,7 @@ pub(super) fn prepare(
     then: &Plan,
 ) -> Prepared {
     let work = || run(position, Arc::clone(&record), branch, now, then);
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        let stillborn = Stillborn {
-            reason: DeadReason::Script,
-            stage: "transform".into(),
-            error: "a stage panicked on this record; this is a fault of walflow".into(),
-        };
+    guarded(work).unwrap_or_else(|stillborn| {
         let parts = vec![Part { child: 0, result: Err(stillborn) }];
         Prepared { position, record: Arc::clone(&record), parts, dropped: None }
     })
@@ -84,11 +88,15 @@ fn run(position: Position, record: Arc<Record>, branch: &BranchPlan, now: &Plan,
     let mut prepared = Prepared { position, record: Arc::clone(&record), parts: Vec::new(), dropped: None };
     let own = then.branches.iter().find(|other| other.name == branch.name || Some(&other.name) == branch.was.as_ref());
     let Some(own) = own else { return prepared };
-    match meant_for(&record, &own.sink, own.region.as_deref(), branch.target) {
+    match meant_for(&record, &own.sink, own.region.as_deref(), branch.target, then.origin.as_deref()) {
         Meant::Here => {}
         Meant::Elsewhere => return prepared,
         Meant::CameFromHere => {
             prepared.dropped = Some("loop guard: it came from this region".into());
+            return prepared;
+        }
+        Meant::CameOver => {
+            prepared.dropped = Some("loop guard: it came over from another region, which sends it on itself".into());
             return prepared;
         }
     }

@@ -25,6 +25,8 @@ pub struct BranchCounters {
     pub set_aside: AtomicU64,
     /// Deliveries that ended in the dead letters.
     pub dead: AtomicU64,
+    /// Copies of dead letters that could not be written.
+    pub copies_failed: AtomicU64,
     /// Times that the branch was started again after a failure of its own.
     pub restarts: AtomicU64,
     /// Attempts by duration.
@@ -43,6 +45,7 @@ impl Default for BranchCounters {
             down: none(),
             set_aside: none(),
             dead: none(),
+            copies_failed: none(),
             restarts: none(),
             attempts: Durations::new(ATTEMPT),
         }
@@ -58,7 +61,7 @@ impl BranchCounters {
 /// Why a branch does not send.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Pause {
-    /// `breaker`, `refused`, `dead_letters_full` or `operator`.
+    /// `breaker`, `refused`, `dead_letters_full`, `dead_letters_copy` or `operator`.
     #[schema(value_type = String)]
     pub cause: &'static str,
     /// What happened, and what ends it.

@@ -1,5 +1,6 @@
 //! Each rule of a branch, on the log in memory with a scripted target and a clock that follows tokio's.
 
+mod copies;
 mod ends;
 mod order;
 mod outage;
@@ -18,7 +19,7 @@ use crate::pipeline::make;
 use crate::pipeline::plan::Plan;
 use crate::pipeline::revisions::Revisions;
 use crate::record::{Record, RecordId};
-use crate::sink::{BatchStyle, Failure, Operation, Sink, Verdict, Written};
+use crate::sink::{BatchStyle, Failure, Kind, Operation, Sink, Verdict, Written};
 use crate::source::memory::Memory;
 use crate::source::{BranchName, DeadLetter, DeadQuery, Log, Shelf, Start, Write};
 use crate::spec::environment::Environment;
@@ -36,6 +37,13 @@ struct Target {
     /// Every record that it was asked to take.
     asked: Mutex<Vec<u64>>,
     latency: Mutex<Duration>,
+    style: Mutex<BatchStyle>,
+    /// When each batch began, and its size.
+    batches: Mutex<Vec<(Instant, usize)>>,
+    /// Batches under way, and the most there were at once.
+    under_way: Mutex<(usize, usize)>,
+    /// What the file of copies says to each, if it is not well, and the lines in it.
+    copies: Mutex<(Option<Verdict>, Vec<serde_json::Value>)>,
 }
 
 impl Target {
@@ -58,11 +66,13 @@ struct Double(Arc<Target>);
 
 impl Sink for Double {
     fn batch_style(&self) -> BatchStyle {
-        BatchStyle::Independent
+        *self.0.style.lock()
     }
 
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
         async move {
+            self.0.batches.lock().push((Instant::now(), batch.len()));
+            let _under_way = UnderWay::begin(&self.0);
             let latency = *self.0.latency.lock();
             sleep(latency).await;
             let mut written = Written::default();
@@ -77,6 +87,48 @@ impl Sink for Double {
                 }
             }
             written
+        }
+        .boxed()
+    }
+}
+
+struct UnderWay<'a>(&'a Target);
+
+impl<'a> UnderWay<'a> {
+    fn begin(target: &'a Target) -> Self {
+        let (now, most) = &mut *target.under_way.lock();
+        *now += 1;
+        *most = (*most).max(*now);
+        Self(target)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.under_way.lock().0 -= 1;
+    }
+}
+
+/// The file that gets the copies of dead letters.
+struct CopyFile(Arc<Target>);
+
+impl Sink for CopyFile {
+    fn batch_style(&self) -> BatchStyle {
+        BatchStyle::StopsAtFirstFailure
+    }
+
+    fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
+        async move {
+            sleep(Duration::from_millis(1)).await;
+            let (fails, lines) = &mut *self.0.copies.lock();
+            for (index, operation) in batch.iter().enumerate() {
+                let line = operation.event.json().unwrap();
+                match fails.filter(|verdict| *verdict != Verdict::Never || line["payload"]["n"] == 0) {
+                    None => lines.push(line.clone()),
+                    Some(verdict) => return Written { failed: vec![(index, Failure::new(verdict, "no copy"))] },
+                }
+            }
+            Written::default()
         }
         .boxed()
     }
@@ -115,6 +167,10 @@ impl Bench {
             taken: Mutex::default(),
             asked: Mutex::default(),
             latency: Mutex::new(Duration::from_millis(1)),
+            style: Mutex::new(BatchStyle::Independent),
+            batches: Mutex::default(),
+            under_way: Mutex::default(),
+            copies: Mutex::default(),
         });
         let handle = start(&log, &revisions, &target, &clock, &plan);
         let ticker = tokio_util::task::AbortOnDropHandle::new(ticker);
@@ -124,6 +180,15 @@ impl Bench {
     /// Kills the branch and starts it again from what is stored.
     async fn restart(&mut self) {
         self.handle.stop().await;
+        self.handle = start(&self.log, &self.revisions, &self.target, &self.clock, &self.plan);
+    }
+
+    /// Kills the branch and starts it again by an edited file.
+    async fn restart_as(&mut self, settings: &str) {
+        self.handle.stop().await;
+        self.plan = Arc::new(plan(settings, &self.clock));
+        let epoch = self.log.put_epoch(self.plan.files.clone()).await.unwrap();
+        self.revisions.publish(epoch.number, Arc::clone(&self.plan));
         self.handle = start(&self.log, &self.revisions, &self.target, &self.clock, &self.plan);
     }
 
@@ -208,7 +273,10 @@ fn start(
     plan: &Plan,
 ) -> BranchHandle {
     let target = Arc::clone(target);
-    let open_sink: OpenSink = Arc::new(move |_, _| Ok(Box::new(Double(Arc::clone(&target)))));
+    let open_sink: OpenSink = Arc::new(move |kind, _| {
+        let target = Arc::clone(&target);
+        Ok(if matches!(kind, Kind::File(_)) { Box::new(CopyFile(target)) } else { Box::new(Double(target)) })
+    });
     let deps = BranchDeps {
         namespace: plan.namespace.clone(),
         log: Arc::clone(log) as Arc<dyn Log>,

@@ -5,10 +5,11 @@
 //! shelf: what a count misses would wait for ever.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 
 use super::lanes::Since;
 use crate::clock::Timestamp;
+use crate::record::Position;
 use crate::source::{AsideLane, RowKey};
 
 /// Keys set aside at most; beyond it a failing key waits in memory, and so holds the branch.
@@ -47,6 +48,10 @@ struct Aside {
     moving: u32,
     /// Rows were added since they were last read.
     look_again: bool,
+    /// Its first row was replayed: it waits for its turn among those, not for a time.
+    replayed: bool,
+    /// It stands in `replays`.
+    listed: bool,
     failures: Option<Failures>,
 }
 
@@ -61,20 +66,44 @@ impl Aside {
 pub(super) struct Asides {
     lanes: HashMap<Box<str>, Aside>,
     tries: BinaryHeap<Reverse<(Timestamp, Box<str>)>>,
+    /// Keys whose first row was replayed, in the order of their coming.
+    replays: VecDeque<Box<str>>,
     blocked: usize,
+    /// Keys of an earlier run by their last row: not tried until the branch has read so far again. What was delivered of
+    /// them and lies beyond the cursor goes once more, and before their rows (LOG.md 11).
+    held: BTreeMap<Position, Vec<Box<str>>>,
 }
 
 impl Asides {
     /// What outlived the last run. A try that fell into the time when nothing ran is due now.
-    pub(super) fn new(now: Timestamp, stored: &[AsideLane]) -> Self {
+    pub(super) fn new(now: Timestamp, cursor: Position, stored: &[AsideLane]) -> Self {
         let mut asides = Self::default();
         for lane in stored {
             let stage = if lane.next_try == Timestamp::MAX { Stage::Blocked } else { Stage::Waiting };
+            let last = lane.last.position;
             asides.put(&lane.lane, |aside| {
                 (aside.rows, aside.next_try, aside.stage) = (lane.rows, lane.next_try.max(now), stage);
+                aside.moving = u32::from(last > cursor);
             });
+            if last > cursor {
+                asides.held.entry(last).or_default().push(lane.lane.clone());
+            }
         }
         asides
+    }
+
+    /// The branch has read up to here again: keys whose rows all lie at or below may be tried.
+    pub(super) fn has_read(&mut self, position: Position) {
+        while let Some(first) = self.held.first_entry()
+            && *first.key() <= position
+        {
+            first.remove().iter().for_each(|lane| self.moved(lane));
+        }
+    }
+
+    /// True while there are keys that wait for the branch to read on from here.
+    pub(super) fn wait_for(&self, position: Position) -> bool {
+        self.held.last_key_value().is_some_and(|(last, _)| *last > position)
     }
 
     /// Changes a lane's entry, made first if there is none, and keeps what is derived from it.
@@ -85,13 +114,19 @@ impl Asides {
             stage: Stage::Waiting,
             moving: 0,
             look_again: false,
+            replayed: false,
+            listed: false,
             failures: None,
         });
         let was_blocked = aside.stage == Stage::Blocked;
         change(aside);
         let is_blocked = aside.stage == Stage::Blocked;
         if aside.stage == Stage::Waiting && aside.moving == 0 {
-            self.tries.push(Reverse((aside.next_try, lane.into())));
+            if !aside.replayed {
+                self.tries.push(Reverse((aside.next_try, lane.into())));
+            } else if !std::mem::replace(&mut aside.listed, true) {
+                self.replays.push_back(lane.into());
+            }
         }
         self.blocked = self.blocked + usize::from(is_blocked) - usize::from(was_blocked);
     }
@@ -147,6 +182,7 @@ impl Asides {
             aside.rows += rows;
             aside.next_try = next_try;
             aside.look_again = true;
+            aside.replayed = false;
             aside.failures = failures;
             if aside.stage != Stage::Blocked {
                 aside.stage = Stage::Waiting;
@@ -167,7 +203,7 @@ impl Asides {
     pub(super) fn replayed(&mut self, lane: &AsideLane) {
         self.put(&lane.lane, |aside| {
             aside.rows = aside.rows.max(lane.rows);
-            aside.look_again = true;
+            (aside.look_again, aside.replayed) = (true, true);
             // What is in memory of the key goes on; the replayed rows follow when it is through.
             if !matches!(aside.stage, Stage::Trying(_) | Stage::Loading) {
                 (aside.stage, aside.next_try) = (Stage::Waiting, Timestamp::MIN);
@@ -200,13 +236,43 @@ impl Asides {
             && *at <= now
             && let Some(Reverse((at, lane))) = self.tries.pop()
         {
-            let due = |aside: &&mut Aside| aside.stage == Stage::Waiting && aside.next_try == at && aside.moving == 0;
+            let due = |aside: &&mut Aside| {
+                aside.stage == Stage::Waiting && aside.next_try == at && aside.moving == 0 && !aside.replayed
+            };
             if let Some(aside) = self.lanes.get_mut(&lane).filter(due) {
                 (aside.stage, aside.look_again) = (Stage::Loading, false);
                 return Some(lane);
             }
         }
         None
+    }
+
+    /// A replayed key whose turn it is; its rows are read next.
+    pub(super) fn take_replay(&mut self) -> Option<Box<str>> {
+        while let Some(lane) = self.replays.pop_front() {
+            let Some(aside) = self.lanes.get_mut(&lane) else { continue };
+            aside.listed = false;
+            if aside.stage == Stage::Waiting && aside.moving == 0 && aside.replayed {
+                (aside.stage, aside.look_again, aside.replayed) = (Stage::Loading, false, false);
+                return Some(lane);
+            }
+        }
+        None
+    }
+
+    /// True when a replayed key waits for its turn.
+    pub(super) fn has_replays(&self) -> bool {
+        !self.replays.is_empty()
+    }
+
+    /// Replayed rows of the key have to wait for their turn; `all` of what was read, or what follows it.
+    pub(super) fn throttle(&mut self, lane: &str, all: bool) {
+        self.put(lane, |aside| {
+            aside.replayed = true;
+            if all && aside.stage == Stage::Loading {
+                (aside.stage, aside.next_try) = (Stage::Waiting, Timestamp::MIN);
+            }
+        });
     }
 
     /// True while the rows that were read may be tried: nothing blocked the key meanwhile.
@@ -307,7 +373,8 @@ mod tests {
         asides.trying("=a", 1);
         let replayed = AsideLane {
             lane: "=a".into(),
-            first: RowKey { position: crate::record::Position(1), child: 0 },
+            first: RowKey { position: Position(1), child: 0 },
+            last: RowKey { position: Position(1), child: 0 },
             rows: 1,
             next_try: Timestamp::MIN,
             attempts: 0,
@@ -315,7 +382,7 @@ mod tests {
         };
         asides.replayed(&replayed);
         asides.left("=a");
-        assert_eq!(asides.take_due(Timestamp::MAX).as_deref(), Some("=a"), "by count there was none left");
+        assert_eq!(asides.take_replay().as_deref(), Some("=a"), "by count there was none left");
         asides.trying("=a", 0);
         assert!(!asides.holds("=a"));
     }

@@ -133,6 +133,12 @@ fn url(spec: &HttpSpec, batched: bool, faults: &mut Vec<SpecFault>) {
     if let Err(error) = reqwest::Url::parse(prefix) {
         return fault(format!("the URL does not work: {error}"));
     }
+    if prefix.split(['?', '#']).next().is_some_and(|path| path.trim_end_matches('/').ends_with("/wal/write/batch")) {
+        // It answers 200 and says line by line what became of each, which a sink does not read: refused lines would be lost.
+        return fault(
+            "walflow's batch route says in its answer which lines it took, and a sink reads no answers".to_owned(),
+        );
+    }
     if batched && template.varies() {
         fault("a batch goes to one URL, so it cannot name a record".to_owned());
     }
@@ -221,6 +227,7 @@ mod tests {
             (json!({"url": "https://h/{payload"}), "/url"),
             (json!({"url": "https://h/#{key}"}), "/url"),
             (json!({"url": "https://h:99999/"}), "/url"),
+            (json!({"url": "https://h/api/v1/wal/write/batch"}), "/url"),
             (json!({"method": "CONNECT"}), "/method"),
             (json!({"method": "GET IT"}), "/method"),
             (json!({"headers": {"a b": "x"}}), "/headers/a b"),

@@ -164,7 +164,8 @@ pub(super) async fn rows_set_aside_come_back_in_order_with_what_is_known_of_them
     let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
     assert_eq!((start.cursor, start.lanes.len()), (Position(3), 1));
     let lane = &start.lanes[0];
-    assert_eq!((lane.first, lane.rows, lane.attempts), (row(&entries[0]), 2, 4));
+    assert_eq!((lane.first, lane.last), (row(&entries[0]), row(&entries[2])));
+    assert_eq!((lane.rows, lane.attempts), (2, 4));
     let shelf = kind.shelf();
     let found = shelf.aside_rows(&branch(), &lane.lane, 10).await.unwrap();
     assert_eq!(found, [aside(&kind, &entries[0], 4), aside(&kind, &entries[2], 0)]);

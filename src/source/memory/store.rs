@@ -31,9 +31,11 @@ impl Branch {
     pub(super) fn lanes(&self) -> Vec<AsideLane> {
         let mut lanes: BTreeMap<&str, AsideLane> = BTreeMap::new();
         for row in self.aside.values() {
-            lanes.entry(&row.lane).and_modify(|lane| lane.rows += 1).or_insert_with(|| AsideLane {
+            let more = |lane: &mut AsideLane| (lane.rows, lane.last) = (lane.rows + 1, row.row);
+            lanes.entry(&row.lane).and_modify(more).or_insert_with(|| AsideLane {
                 lane: row.lane.clone(),
                 first: row.row,
+                last: row.row,
                 rows: 1,
                 next_try: row.next_try,
                 attempts: row.attempts,

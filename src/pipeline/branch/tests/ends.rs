@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::pipeline::branch::Skip;
-use crate::source::{DeadReason, Settlement};
+use crate::pipeline::branch::aside::{Prepare, again};
+use crate::source::{AsideRow, DeadReason, Entry, RowKey, Settlement};
 
 #[tokio::test(start_paused = true)]
 async fn a_replayed_letter_goes_to_its_branch_again_and_an_overtaken_one_only_by_force() {
@@ -25,6 +26,55 @@ async fn a_replayed_letter_goes_to_its_branch_again_and_an_overtaken_one_only_by
     bench.drained().await;
     assert_eq!(bench.target.taken(), [2, 1, 0]);
     assert!(bench.dead().await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn replayed_letters_go_at_their_rate_in_order_and_hold_up_no_other_record() {
+    let mut bench = Bench::new("  dead_letters: { replay: 50/s }\n").await;
+    bench.handle.stop().await;
+    let key = |number: u64| (number % 2 == 0).then(|| format!("k{}", number % 10));
+    for number in 0..1_000 {
+        bench.write(number, key(number).as_deref()).await;
+    }
+    let mut opened = bench.log.open_branch(&bench.branch(), Start::Earliest).await.unwrap();
+    let letter = |entry: Entry| DeadLetter {
+        row: RowKey { position: entry.position, child: 0 },
+        branch: bench.branch(),
+        at: bench.clock.now(),
+        reason: DeadReason::Refused,
+        attempts: 1,
+        last_error: "".into(),
+        stage: "sink".into(),
+        revision: "".into(),
+        record: entry.record,
+        rendered: None,
+        overtaken: false,
+    };
+    let entries = opened.subscription.next(1_000, usize::MAX).await.unwrap();
+    let frontier = entries.last().map(|entry| entry.position);
+    let dead = entries.into_iter().map(letter).collect();
+    bench.log.settle(&bench.branch(), Settlement { dead, frontier, ..Settlement::default() }).await.unwrap();
+    bench.restart().await;
+    let began = Instant::now();
+    let all = DeadQuery { limit: 10_000, ..DeadQuery::default() };
+    assert_eq!(bench.log.replay(all, false).await.unwrap().replayed, 1_000);
+    sleep(Duration::from_secs(5)).await;
+    let taken = bench.target.taken().len();
+    assert!((250..=310).contains(&taken), "{taken} in five seconds at 50/s with a burst of 50");
+    let now = Instant::now();
+    bench.write(1_001, None).await;
+    bench.until("a new record", |bench| bench.target.taken().contains(&1_001)).await;
+    assert!(now.elapsed() < Duration::from_secs(1), "{:?}", now.elapsed());
+    bench.restart().await;
+    bench.drained().await;
+    let took = began.elapsed().as_secs_f64();
+    assert!((17.0..24.0).contains(&took), "{took} s for a thousand");
+    let mut of_keys: std::collections::BTreeMap<String, Vec<u64>> = std::collections::BTreeMap::new();
+    for number in bench.target.taken() {
+        of_keys.entry(key(number).unwrap_or_default()).or_default().push(number);
+    }
+    assert_eq!(of_keys.values().map(Vec::len).sum::<usize>(), 1_001);
+    of_keys.iter().filter(|(key, _)| !key.is_empty()).for_each(|(key, numbers)| assert!(numbers.is_sorted(), "{key}"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -107,6 +157,34 @@ async fn skip(bench: &Bench, which: Skip) -> RecordId {
         }
         sleep(Duration::from_millis(1)).await;
     }
+}
+
+#[tokio::test]
+async fn a_panic_on_a_row_of_the_shelf_is_that_records_error() {
+    let bench = Bench::new(IMPATIENT).await;
+    bench.handle.stop().await;
+    bench.write(0, None).await;
+    let mut opened = bench.log.open_branch(&bench.branch(), Start::Earliest).await.unwrap();
+    let entry = opened.subscription.next(1, usize::MAX).await.unwrap().remove(0);
+    let row = AsideRow {
+        row: RowKey { position: entry.position, child: 0 },
+        lane: "#1/0".into(),
+        record: entry.record,
+        rendered: None,
+        attempts: 1,
+        first_failed: bench.clock.now(),
+        next_try: bench.clock.now(),
+        last_error: "".into(),
+        replayed: false,
+    };
+    let (branch, plan) = (&bench.plan.branches[0], &bench.plan);
+    let panics: Prepare = |_, _, _, _, _| panic!("a stage that is not well");
+    let (parts, dropped) =
+        again(row, Arc::clone(branch), Arc::clone(plan), Arc::clone(plan), panics).await.expect("no fault of the log");
+    assert!(dropped.is_none());
+    let stillborn = parts.into_iter().next().unwrap().unwrap_err();
+    assert_eq!(stillborn.reason, DeadReason::Script);
+    assert!(stillborn.error.contains("panicked"), "{}", stillborn.error);
 }
 
 #[tokio::test(start_paused = true)]

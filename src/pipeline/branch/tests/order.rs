@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
+use crate::source::{AsideRow, DeadReason, Entry, RowKey, Settlement};
 
 #[tokio::test(start_paused = true)]
 async fn a_key_that_keeps_failing_is_set_aside_and_comes_back_in_order() {
@@ -46,6 +47,99 @@ async fn without_ordering_a_record_waits_for_no_other_of_its_key() {
     assert_eq!(bench.target.taken().iter().collect::<BTreeSet<_>>().len(), 10);
 }
 
+/// Retries that outlast a test.
+const PATIENT: &str = "  retry: { attempts: 100000, backoff: { first: 100ms, max: 3s } }\n";
+/// A script that gives every record of the key `a` to the key `b`.
+const MOVE: &str = "transform: [ { inline: 'if key == \"a\" { key = \"b\"; }' } ]\n";
+
+/// What the branch has not ended yet, as its log gives it.
+async fn entries(bench: &Bench, count: usize) -> Vec<Entry> {
+    let mut opened = bench.log.open_branch(&bench.branch(), Start::Earliest).await.unwrap();
+    opened.subscription.next(count, usize::MAX).await.unwrap()
+}
+
+fn row(entry: &Entry) -> RowKey {
+    RowKey { position: entry.position, child: 0 }
+}
+
+/// A row of the key `b` that is due.
+fn aside(bench: &Bench, entry: &Entry) -> AsideRow {
+    let now = bench.clock.now();
+    AsideRow {
+        row: row(entry),
+        lane: "=b".into(),
+        record: Arc::clone(&entry.record),
+        rendered: None,
+        attempts: 3,
+        first_failed: now,
+        next_try: now,
+        last_error: "".into(),
+        replayed: false,
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_script_that_moves_an_unfinished_record_to_a_key_that_is_set_aside_ends_nothing() {
+    let mut bench = Bench::new(PATIENT).await;
+    bench.handle.stop().await;
+    for (number, key) in [(0, "a"), (1, "b"), (2, "b")] {
+        bench.write(number, Some(key)).await;
+    }
+    let entries = entries(&bench, 3).await;
+    let aside = entries[1..].iter().map(|entry| aside(&bench, entry)).collect();
+    bench.log.settle(&bench.branch(), Settlement { aside, ..Settlement::default() }).await.unwrap();
+    bench.restart_as(&format!("{PATIENT}{MOVE}")).await;
+    bench.drained().await;
+    assert_eq!(bench.target.taken(), [0, 1, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_sent_again_after_a_crash_goes_before_the_rows_of_its_key() {
+    let mut bench = Bench::new(PATIENT).await;
+    bench.handle.stop().await;
+    // Far more than is read at once, and the last two are one key's: the first of them was delivered, which nothing says.
+    for number in 0..3_000 {
+        bench.write(number, (number >= 2_998).then_some("b")).await;
+    }
+    let entries = entries(&bench, 3_000).await;
+    let aside = vec![aside(&bench, &entries[2_999])];
+    bench.log.settle(&bench.branch(), Settlement { aside, ..Settlement::default() }).await.unwrap();
+    bench.restart().await;
+    bench.drained().await;
+    let of_b: Vec<u64> = bench.target.taken().into_iter().filter(|number| *number >= 2_998).collect();
+    assert_eq!(of_b, [2_998, 2_999], "the old value must not come last");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_letter_that_was_replayed_ends_no_older_record_of_its_key() {
+    let mut bench = Bench::new(PATIENT).await;
+    bench.handle.stop().await;
+    for number in 0..3 {
+        bench.write(number, Some("k")).await;
+    }
+    // The second died in a script before the first was through, and was replayed just before a crash.
+    let entries = entries(&bench, 3).await;
+    let letter = DeadLetter {
+        row: row(&entries[1]),
+        branch: bench.branch(),
+        at: bench.clock.now(),
+        reason: DeadReason::Script,
+        attempts: 0,
+        last_error: "".into(),
+        stage: "transform".into(),
+        revision: "".into(),
+        record: Arc::clone(&entries[1].record),
+        rendered: None,
+        overtaken: false,
+    };
+    let dead = Settlement { dead: vec![letter], ..Settlement::default() };
+    bench.log.settle(&bench.branch(), dead).await.unwrap();
+    bench.log.replay(DeadQuery { limit: 10, ..DeadQuery::default() }, false).await.unwrap();
+    bench.restart().await;
+    bench.drained().await;
+    assert_eq!(bench.target.taken(), [0, 1, 2]);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write(usize),
@@ -53,6 +147,8 @@ enum Step {
     Fail(usize, u8, bool),
     Wait(u64),
     Restart,
+    /// The same, by a file whose script moves a key's records to another key, or no longer does.
+    Edit,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -61,6 +157,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..4usize, 1..12u8, any::<bool>()).prop_map(|(key, times, down)| Step::Fail(key, times, down)),
         3 => (0..4_000u64).prop_map(Step::Wait),
         1 => Just(Step::Restart),
+        1 => Just(Step::Edit),
     ]
 }
 
@@ -76,7 +173,7 @@ proptest! {
 
 async fn check(steps: Vec<Step>) {
     const KEYS: [Option<&str>; 4] = [Some("a"), Some("b"), Some("c"), None];
-    let mut bench = Bench::new("  retry: { attempts: 100000, backoff: { first: 100ms, max: 3s } }\n").await;
+    let mut bench = Bench::new(PATIENT).await;
     let failures: Arc<Mutex<BTreeMap<usize, (u8, bool)>>> = Arc::default();
     // A number's last digit is its key.
     bench.target.judge({
@@ -88,7 +185,7 @@ async fn check(steps: Vec<Step>) {
             Some(if *down { Verdict::Down } else { Verdict::Backoff })
         }
     });
-    let (mut written, mut restarts) = (Vec::new(), 0);
+    let (mut written, mut restarts, mut edits) = (Vec::new(), 0, 0);
     for step in steps {
         match step {
             Step::Write(key) => {
@@ -102,6 +199,10 @@ async fn check(steps: Vec<Step>) {
                 restarts += 1;
                 bench.restart().await;
             }
+            Step::Edit => {
+                (restarts, edits) = (restarts + 1, edits + 1);
+                bench.restart_as(&format!("{PATIENT}{}", if edits % 2 == 1 { MOVE } else { "" })).await;
+            }
         }
     }
     bench.drained().await;
@@ -110,11 +211,17 @@ async fn check(steps: Vec<Step>) {
     if restarts == 0 {
         assert_eq!(taken.len(), written.len(), "nothing twice: {taken:?}");
     }
-    for key in 0..3 {
-        let mut seen = BTreeSet::new();
-        let first: Vec<u64> =
-            taken.iter().copied().filter(|number| number % 10 == key && seen.insert(*number)).collect();
-        assert!(first.is_sorted(), "key {key}: {first:?}");
+    // An edited script gives a record another key: of those two only the rest is in order.
+    for key in if edits > 0 { 2..3 } else { 0..3 } {
+        let of_key = |numbers: &[u64]| numbers.iter().copied().filter(|number| number % 10 == key).collect::<Vec<_>>();
+        let (written, taken) = (of_key(&written), of_key(&taken));
+        let mut next = 0;
+        for number in &taken {
+            let at = written.iter().position(|one| one == number).unwrap();
+            assert!(at <= next, "key {key}: {number} came too early, or after a newer one alone: {taken:?}");
+            next = at + 1;
+        }
+        assert_eq!(next, written.len(), "key {key}: an old one came last: {taken:?}");
     }
     assert!(bench.dead().await.is_empty());
 }

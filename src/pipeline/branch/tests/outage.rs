@@ -116,17 +116,44 @@ async fn a_bad_deploy_pauses_over_a_restart_until_it_is_resumed() {
 
 #[tokio::test(start_paused = true)]
 async fn ten_thousand_at_once_go_at_the_rate_and_cost_no_attempt() {
-    let bench = Bench::new("  limits: { rate: 1000/s, burst: 100 }\n").await;
-    let began = Instant::now();
-    for number in 0..10_000 {
-        bench.write(number, None).await;
+    // As `http` sends them, one by one and in batches, and as `redis` and `file` do.
+    for (style, records, latency) in
+        [(BatchStyle::Independent, 1, 2), (BatchStyle::Atomic, 200, 50), (BatchStyle::StopsAtFirstFailure, 200, 50)]
+    {
+        let settings = format!(
+            "  limits: {{ rate: 1000/s, burst: 100, concurrency: 3 }}\n  batch: {{ records: {records}, linger: 5ms }}\n"
+        );
+        let mut bench = Bench::new(&settings).await;
+        *bench.target.style.lock() = style;
+        *bench.target.latency.lock() = Duration::from_millis(latency);
+        bench.restart().await;
+        let began = Instant::now();
+        for number in 0..10_000 {
+            bench.write(number, (number % 3 == 0).then(|| format!("k{}", number % 50)).as_deref()).await;
+        }
+        bench.drained().await;
+        let took = began.elapsed().as_secs_f64();
+        assert!((9.5..11.0).contains(&took), "{style:?}: {took} s");
+        // After a quiet time a burst may go at once, and no more than that.
+        sleep(Duration::from_secs(60)).await;
+        for number in 10_000..10_500 {
+            bench.write(number, None).await;
+        }
+        bench.drained().await;
+        let (mut tokens, mut filled) = (100.0, began);
+        for (at, size) in bench.target.batches.lock().iter() {
+            tokens = f64::min(100.0, tokens + (*at - filled).as_secs_f64() * 1_000.0);
+            filled = *at;
+            tokens -= f64::from(u32::try_from(*size).unwrap());
+            assert!(tokens > -1e-3, "{style:?}: over the rate by {} at {:?}", -tokens, *at - began);
+        }
+        let most = bench.target.under_way.lock().1;
+        assert!((2..=3).contains(&most), "{style:?}: {most} batches at once");
+        let counters = &bench.handle.board().counters;
+        assert_eq!(counters.retried.load(Ordering::Relaxed) + counters.down.load(Ordering::Relaxed), 0);
+        assert_eq!(bench.target.taken_sorted(), (0..10_500).collect::<Vec<_>>());
+        assert_eq!((bench.pause(), bench.dead().await.len()), (None, 0));
     }
-    bench.drained().await;
-    let took = began.elapsed().as_secs_f64();
-    assert!((9.5..11.0).contains(&took), "{took} s");
-    let counters = &bench.handle.board().counters;
-    assert_eq!(counters.retried.load(Ordering::Relaxed) + counters.down.load(Ordering::Relaxed), 0);
-    assert_eq!(bench.target.taken().len(), 10_000);
 }
 
 #[tokio::test(start_paused = true)]

@@ -166,13 +166,15 @@ impl StateReader {
             let mut lanes: Vec<AsideLane> = Vec::new();
             while let Some(row) = rows.next()? {
                 let lane: String = row.get(0)?;
-                if let Some(last) = lanes.last_mut().filter(|last| *last.lane == *lane) {
-                    last.rows += 1;
+                let key = RowKey { position: Position(number(row.get(1)?)), child: row.get(2)? };
+                if let Some(same) = lanes.last_mut().filter(|same| *same.lane == *lane) {
+                    (same.rows, same.last) = (same.rows + 1, key);
                     continue;
                 }
                 lanes.push(AsideLane {
                     lane: lane.into(),
-                    first: RowKey { position: Position(number(row.get(1)?)), child: row.get(2)? },
+                    first: key,
+                    last: key,
                     rows: 1,
                     next_try: Timestamp::from_millis(row.get(3)?),
                     attempts: row.get(4)?,
