@@ -55,9 +55,9 @@ type Answers = mpsc::Sender<Option<Bytes>>;
         (status = 415, description = "`content_type`: the body is not NDJSON"),
     )
 )]
-pub(super) fn batch(directory: Arc<dyn Directory>, headers: HeaderMap, body: Incoming) -> warp::reply::Response {
-    let fine = directory.keys().check(&headers).and_then(|()| {
-        is_json(&headers, &["application/x-ndjson", "application/ndjson", "application/jsonl", "application/json"])
+pub(super) fn batch(directory: Arc<dyn Directory>, headers: &HeaderMap, body: Incoming) -> warp::reply::Response {
+    let fine = directory.keys().check(headers).and_then(|()| {
+        is_json(headers, &["application/x-ndjson", "application/ndjson", "application/jsonl", "application/json"])
     });
     if let Err(problem) = fine {
         return problem.failed().into_response();

@@ -44,7 +44,7 @@ where
         .and(warp::post())
         .and(warp::header::headers_cloned())
         .and(warp::body::stream())
-        .map(move |headers, body| batch::batch(Arc::clone(&directory), headers, Incoming::new(body)));
+        .map(move |headers: HeaderMap, body| batch::batch(Arc::clone(&directory), &headers, Incoming::new(body)));
     let query = warp::query::raw().or(warp::any().map(String::new)).unify();
     let other = warp::method()
         .and(warp::path::full())

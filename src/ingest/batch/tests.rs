@@ -9,7 +9,7 @@ use crate::ingest::testing::{LONG, all_lines, appended, at_rest, body, desk, lin
 use crate::source::AdmitError;
 
 fn upload(desk: &Arc<impl Directory + 'static>, body: Incoming) -> warp::reply::Response {
-    batch(Arc::clone(desk) as Arc<dyn Directory>, HeaderMap::new(), body)
+    batch(Arc::clone(desk) as Arc<dyn Directory>, &HeaderMap::new(), body)
 }
 
 fn words<'a>(lines: &'a [Value], name: &str) -> Vec<&'a str> {
