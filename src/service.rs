@@ -10,6 +10,7 @@ mod pipeline;
 mod pipelines;
 mod signals;
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,6 +63,18 @@ pub enum ServiceError {
         /// Every problem.
         problems: Vec<Diagnostic>,
     },
+    /// Neither a file nor an earlier run says what there is to do.
+    #[error(
+        "there is nothing to run: no pipeline file was found, and {} knows no namespace of an earlier run; name the files or their folder: walflow run PATH…\n{}",
+        .data.display(),
+        texts(.problems)
+    )]
+    Nothing {
+        /// The data folder.
+        data: PathBuf,
+        /// Where was looked, and what was there instead.
+        problems: Vec<Diagnostic>,
+    },
     /// Another process works on the data folder.
     #[error("{reason}")]
     Held {
@@ -110,8 +123,17 @@ pub enum ServiceError {
 }
 
 fn told(problems: &[Diagnostic]) -> String {
-    let texts: Vec<String> = problems.iter().map(|problem| problem.render(false)).collect();
-    format!("the pipeline files have problems\n{}", texts.join("\n"))
+    format!("the pipeline files have problems\n{}", texts(problems))
+}
+
+fn texts(problems: &[Diagnostic]) -> String {
+    problems.iter().map(|problem| problem.render(false)).collect::<Vec<_>>().join("\n")
+}
+
+/// True when a run on this folder would be its first.
+fn is_new(data: &Path) -> bool {
+    std::fs::read_dir(data)
+        .map_or_else(|error| error.kind() == ErrorKind::NotFound, |mut inside| inside.next().is_none())
 }
 
 /// Runs until a signal asks for a stop.
@@ -130,8 +152,18 @@ pub async fn run(settings: Settings) -> Result<(), ServiceError> {
     if settings.strict && reading.has_errors() {
         return Err(ServiceError::Config { problems: reading.problems });
     }
+    // Most likely a wrong path. What an earlier run left behind is drained without its file.
+    let no_files = reading.no_files;
+    let nothing = |problems| Err(ServiceError::Nothing { data: settings.data.clone(), problems });
+    if no_files && is_new(&settings.data) {
+        return nothing(reading.problems);
+    }
     let clock = Clock::system();
     let logs = Logs::open(&settings.data, clock.clone()).await?;
+    if no_files && logs.names().is_empty() {
+        logs.close().await;
+        return nothing(reading.problems);
+    }
     let listener = listen(settings.listen).await?;
     let address = listener.local_addr().unwrap_or(settings.listen);
 

@@ -95,7 +95,7 @@ fn dry_run(args: &RunArgs) -> Result<(), Stop> {
 
 const fn exit_code(error: &ServiceError) -> u8 {
     match error {
-        ServiceError::Config { .. } => Stop::CONFIG,
+        ServiceError::Config { .. } | ServiceError::Nothing { .. } => Stop::CONFIG,
         ServiceError::Held { .. } => Stop::HELD,
         ServiceError::OpenToAll { .. } => Stop::USAGE,
         _ => Stop::FAILED,

@@ -8,9 +8,12 @@ mod auth;
 mod batch;
 mod body;
 mod decode;
+mod lines;
 pub mod reply;
 mod routes;
 mod serve;
+#[cfg(test)]
+mod testing;
 mod write;
 
 use std::sync::Arc;

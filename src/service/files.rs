@@ -37,6 +37,8 @@ pub(super) struct Reading {
     pub problems: Vec<Diagnostic>,
     /// The problem of a file of which nobody can say whose it is.
     pub nameless: Option<Arc<Diagnostic>>,
+    /// True when no path led to a file.
+    pub no_files: bool,
 }
 
 /// One namespace's file.
@@ -61,7 +63,8 @@ impl Files {
     /// Reads everything again.
     pub(super) fn read(&self) -> Reading {
         let load = load(&self.paths, &self.environment);
-        let mut reading = Reading { problems: load.diagnostics, ..Reading::default() };
+        let no_files = load.files.is_empty();
+        let mut reading = Reading { problems: load.diagnostics, no_files, ..Reading::default() };
         let mut by_name: BTreeMap<Namespace, Result<Arc<Plan>, Arc<Diagnostic>>> = BTreeMap::new();
         for loaded in &load.files {
             let made = make(loaded, &self.environment, &self.compiler);
@@ -85,11 +88,12 @@ impl Files {
             }
         }
         if reading.nameless.is_none() {
-            // A path that leads nowhere may have held any of the namespaces that are missing now.
+            // A path that leads nowhere may have held any of the namespaces that are missing now; a folder that was read
+            // and holds no file says that they are gone.
             reading.nameless = reading
                 .problems
                 .iter()
-                .find(|problem| problem.namespace.is_none() && problem.is_error())
+                .find(|problem| problem.namespace.is_none() && problem.is_error() && problem.code != Code::NoFiles)
                 .map(|problem| Arc::new(problem.clone()));
         }
         reading.found = by_name.into_iter().map(|(namespace, plan)| Found { namespace, plan }).collect();

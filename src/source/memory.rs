@@ -14,9 +14,9 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
 use super::{
-    AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entry, Epoch,
-    Found, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Replayed, Scheduled, Settlement, Shelf, ShelfCounts,
-    Start, Subscription, Write,
+    AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Entry,
+    Epoch, Found, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Replayed, Scheduled, Settlement, Shelf,
+    ShelfCounts, Start, Subscription, Write,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
@@ -137,6 +137,10 @@ impl Log for Memory {
             self.wake_releaser();
         }
         ready(Ok(admitted)).boxed()
+    }
+
+    fn enter(&self, writes: Vec<Write>) -> BoxFuture<'static, Result<Entered, AdmitError>> {
+        ready(Ok(self.admit(writes))).boxed()
     }
 
     fn open_branch(&self, branch: &BranchName, start: Start) -> BoxFuture<'static, Result<BranchStart, LogError>> {

@@ -243,6 +243,9 @@ pub struct Epoch {
     pub files: Bytes,
 }
 
+/// The wait for writes that have their place in the log's order.
+pub type Entered = BoxFuture<'static, Result<Vec<Admitted>, AdmitError>>;
+
 /// Makes writes durable and gives them to each branch in order. A handle on one namespace.
 pub trait Log: Send + Sync {
     /// What this pair can do.
@@ -256,6 +259,17 @@ pub trait Log: Send + Sync {
     /// # Cancel safety
     /// Dropping the wait never un-writes.
     fn admit(&self, writes: Vec<Write>) -> BoxFuture<'static, Result<Vec<Admitted>, AdmitError>>;
+
+    /// As [`Log::admit`] in two steps: the first ends when the writes have their place in the log's order, the second, which
+    /// it gives, when they are durable. Who waits for the first before he enters more keeps his own order without waiting
+    /// for the disk each time. While the disk is full, what was entered behind a refused one is refused too.
+    ///
+    /// # Errors
+    /// As [`Log::admit`]; after an error of the first step nothing is in the log.
+    ///
+    /// # Cancel safety
+    /// Dropping the first wait enters the writes or does not; dropping the second never un-writes.
+    fn enter(&self, writes: Vec<Write>) -> BoxFuture<'static, Result<Entered, AdmitError>>;
 
     /// Opens a branch where it stopped, or at `start` when the log has never seen it.
     ///

@@ -10,29 +10,32 @@ pub const MAX_DEPTH: usize = 64;
 /// Counts brackets outside of strings, in one pass and without memory; of a text that is no JSON it says nothing.
 pub fn json_depth(text: &[u8]) -> usize {
     let (mut depth, mut deepest) = (0_usize, 0_usize);
-    let mut bytes = text.iter();
-    while let Some(byte) = bytes.next() {
+    let mut rest = text;
+    while let [byte, after @ ..] = rest {
+        rest = after;
         match byte {
             b'[' | b'{' => {
                 depth = depth.saturating_add(1);
                 deepest = deepest.max(depth);
             }
             b']' | b'}' => depth = depth.saturating_sub(1),
-            b'"' => {
-                while let Some(byte) = bytes.next() {
-                    match byte {
-                        b'\\' => {
-                            bytes.next();
-                        }
-                        b'"' => break,
-                        _ => {}
-                    }
-                }
-            }
+            b'"' => rest = after_string(rest),
             _ => {}
         }
     }
     deepest
+}
+
+/// What comes after the end of a string. Most of a payload is strings, so they are not looked at byte by byte.
+fn after_string(mut rest: &[u8]) -> &[u8] {
+    while let Some(at) = memchr::memchr2(b'"', b'\\', rest) {
+        let ends = rest.get(at) == Some(&b'"');
+        rest = rest.get(at + if ends { 1 } else { 2 }..).unwrap_or_default();
+        if ends {
+            return rest;
+        }
+    }
+    &[]
 }
 
 #[cfg(test)]

@@ -94,6 +94,25 @@ pub(super) async fn writes_of_one_call_stand_together_in_their_order<K: Kind>(ki
     assert_eq!(read(&mut *start.subscription, 200).await.len(), 200);
 }
 
+pub(super) async fn what_is_entered_in_turn_has_its_place_before_it_is_durable<K: Kind>(kind: K) {
+    let log = kind.log();
+    let mut entered = Vec::new();
+    for number in 0..50 {
+        let key = |number: u8| keyed(&format!("key {number}"), number, &number.to_string());
+        // Every third waits for the key of the one before.
+        let write = if number % 3 == 2 { key(number - 1) } else { key(number) };
+        entered.push(log.enter(vec![write]).await.unwrap());
+    }
+    // Whoever is heard first, the order is that of entering.
+    for waiting in entered.into_iter().rev() {
+        waiting.await.unwrap();
+    }
+    let expected: Vec<Bytes> =
+        (0..50).filter(|number| number % 3 != 2).map(|number| number.to_string().into()).collect();
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    assert_eq!(payloads(&read(&mut *start.subscription, expected.len()).await), expected);
+}
+
 pub(super) async fn the_same_idempotency_key_is_one_record_and_gives_the_first_answer<K: Kind>(kind: K) {
     let log = kind.log();
     let first = log.admit(vec![keyed("once", 1, "0")]).await.unwrap();

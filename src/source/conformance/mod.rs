@@ -195,6 +195,7 @@ suite! {
         branches_read_and_settle_apart
         a_new_branch_starts_where_it_is_told_and_a_known_one_where_it_stopped
         writes_of_one_call_stand_together_in_their_order
+        what_is_entered_in_turn_has_its_place_before_it_is_durable
         the_same_idempotency_key_is_one_record_and_gives_the_first_answer
         the_same_key_at_once_is_one_record
         lag_tells_how_much_is_left_and_how_old_it_is

@@ -22,7 +22,7 @@ use super::space::Space;
 use super::state::{StateError, StateReader};
 use crate::record::{Position, RecordId};
 use crate::source::{
-    AdmitError, Admitted, BranchName, BranchStart, Caps, Epoch, Found, Lag, Log, LogError, Start, Write,
+    AdmitError, Admitted, BranchName, BranchStart, Caps, Entered, Epoch, Found, Lag, Log, LogError, Start, Write,
 };
 
 /// One namespace of an embedded log. Cheap to clone by its `Arc`.
@@ -115,7 +115,13 @@ impl Log for EmbeddedNamespace {
     }
 
     fn admit(&self, writes: Vec<Write>) -> BoxFuture<'static, Result<Vec<Admitted>, AdmitError>> {
-        self.clone().admit_all(writes).boxed()
+        let entering = self.clone().enter_all(writes);
+        async move { entering.await?.durable().await }.boxed()
+    }
+
+    fn enter(&self, writes: Vec<Write>) -> BoxFuture<'static, Result<Entered, AdmitError>> {
+        let entering = self.clone().enter_all(writes);
+        async move { Ok(entering.await?.durable().boxed()) }.boxed()
     }
 
     fn open_branch(&self, branch: &BranchName, start: Start) -> BoxFuture<'static, Result<BranchStart, LogError>> {

@@ -2,6 +2,7 @@
 
 mod crash;
 mod double;
+mod entering;
 mod power;
 mod repair;
 mod rows;

@@ -61,6 +61,12 @@ impl Writer {
                     self.shared.finish(vec![refused(request, Refusal::Closed(reason))]);
                     continue;
                 }
+                // A smaller group might still fit, and would overtake the one that was refused.
+                let refused_before = self.shared.status.is_disk_full() && matches!(request.ask, Ask::Writes(_));
+                if refused_before {
+                    self.shared.finish(vec![refused(request, Refusal::DiskFull)]);
+                    continue;
+                }
                 if let Err(refusal) = self.make_room(&mut batch, request.bytes) {
                     self.shared.finish(vec![refused(request, refusal)]);
                     continue;

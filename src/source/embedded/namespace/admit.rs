@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::EmbeddedNamespace;
 use crate::clock::Timestamp;
 use crate::source::embedded::keys::{Reservation, Reserve};
-use crate::source::embedded::queue::{Answer, Ask, Refusal, Request};
+use crate::source::embedded::queue::{Answer, Ask, Refusal, Reply, Request};
 use crate::source::embedded::retention::drop_overflow;
 use crate::source::{AdmitError, Admitted, IdempotencyKey, LogError, Write};
 
@@ -25,14 +25,41 @@ enum Keyed {
     Answered(Admitted),
 }
 
+/// Writes that have their place in the queue, and what is already known of their answers.
+pub(super) struct Queued {
+    /// One for each write; `None` = the writer says it.
+    answers: Vec<Option<Admitted>>,
+    /// `None` = nothing had to be written.
+    reply: Option<oneshot::Receiver<Reply>>,
+}
+
+impl Queued {
+    /// Waits until they are durable.
+    pub(super) async fn durable(self) -> Result<Vec<Admitted>, AdmitError> {
+        let done = match self.reply {
+            Some(reply) => heard(reply).await?,
+            None => Vec::new(),
+        };
+        if self.answers.is_empty() {
+            return Ok(done);
+        }
+        let mut done = done.into_iter();
+        Ok(self
+            .answers
+            .into_iter()
+            .map(|known| known.or_else(|| done.next()).unwrap_or(Admitted::KeyRunning))
+            .collect())
+    }
+}
+
 impl EmbeddedNamespace {
-    pub(super) async fn admit_all(self, writes: Vec<Write>) -> Result<Vec<Admitted>, AdmitError> {
+    pub(super) async fn enter_all(self, writes: Vec<Write>) -> Result<Queued, AdmitError> {
         self.check(&writes)?;
         if writes.iter().all(|write| write.idempotency.is_none()) {
-            return self.submit(writes, Vec::new()).await;
+            return Ok(Queued { answers: Vec::new(), reply: Some(self.submit(writes, Vec::new()).await?) });
         }
         let mut answers: Vec<Option<Admitted>> = Vec::with_capacity(writes.len());
-        let (mut group, mut held, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut group, mut held) = (Vec::new(), Vec::new());
         for write in writes {
             let keyed = match &write.idempotency {
                 None => Keyed::Go(None),
@@ -40,8 +67,13 @@ impl EmbeddedNamespace {
                     let key = key.clone();
                     // The same key twice in one batch: the first must be durable before the second is judged.
                     if held.iter().any(|(_, reservation): &(usize, Reservation)| self.is_same(reservation, &key)) {
-                        let done = self.submit(std::mem::take(&mut group), std::mem::take(&mut held)).await?;
-                        fill(&mut answers, std::mem::take(&mut places), done);
+                        let reply = self.submit(std::mem::take(&mut group), std::mem::take(&mut held)).await?;
+                        let done = heard(reply).await?;
+                        answers.iter_mut().filter(|answer| answer.is_none()).zip(done).for_each(
+                            |(answer, admitted)| {
+                                *answer = Some(admitted);
+                            },
+                        );
                     }
                     self.key(&key).await?
                 }
@@ -51,17 +83,13 @@ impl EmbeddedNamespace {
                 Keyed::Go(reservation) => {
                     let index = group.len();
                     held.extend(reservation.map(|reservation| (index, reservation.at(index))));
-                    places.push(answers.len());
                     answers.push(None);
                     group.push(write);
                 }
             }
         }
-        if !group.is_empty() {
-            let done = self.submit(group, held).await?;
-            fill(&mut answers, places, done);
-        }
-        Ok(answers.into_iter().map(|answer| answer.unwrap_or(Admitted::KeyRunning)).collect())
+        let reply = if group.is_empty() { None } else { Some(self.submit(group, held).await?) };
+        Ok(Queued { answers, reply })
     }
 
     fn is_same(&self, reservation: &Reservation, key: &IdempotencyKey) -> bool {
@@ -134,12 +162,12 @@ impl EmbeddedNamespace {
         }
     }
 
-    /// Sends one group through the writer and waits for it.
+    /// Puts one group into the writer's queue.
     async fn submit(
         &self,
         writes: Vec<Write>,
         reservations: Vec<(usize, Reservation)>,
-    ) -> Result<Vec<Admitted>, AdmitError> {
+    ) -> Result<oneshot::Receiver<Reply>, AdmitError> {
         let bytes: usize = writes.iter().map(|write| write.record.payload.len() + WRITE_BYTES).sum();
         let wanted = u32::try_from(bytes.min(self.shared.options.queue_bytes)).unwrap_or(u32::MAX);
         let permits = Arc::clone(&self.shared.permits);
@@ -160,23 +188,20 @@ impl EmbeddedNamespace {
             reply,
         };
         self.shared.queue.push(request).map_err(|(_, reason)| AdmitError::Closed { reason })?;
-        match answer.await {
-            Ok(Ok(Answer::Admitted(admitted))) => Ok(admitted),
-            Ok(Ok(_)) => Err(AdmitError::Unsupported("the log answered something else")),
-            Ok(Err(Refusal::Unknown(reason))) => Err(AdmitError::Unknown { reason }),
-            Ok(Err(Refusal::Closed(reason))) => Err(AdmitError::Closed { reason }),
-            Ok(Err(Refusal::DiskFull)) => Err(AdmitError::DiskFull),
-            // The writer went away with the request in its hands.
-            Err(_) => Err(AdmitError::Unknown { reason: "the log stopped during the write".into() }),
-        }
+        Ok(answer)
     }
 }
 
-fn fill(answers: &mut [Option<Admitted>], places: Vec<usize>, done: Vec<Admitted>) {
-    for (place, admitted) in places.into_iter().zip(done) {
-        if let Some(answer) = answers.get_mut(place) {
-            *answer = Some(admitted);
-        }
+/// What the writer made of a group.
+async fn heard(reply: oneshot::Receiver<Reply>) -> Result<Vec<Admitted>, AdmitError> {
+    match reply.await {
+        Ok(Ok(Answer::Admitted(admitted))) => Ok(admitted),
+        Ok(Ok(_)) => Err(AdmitError::Unsupported("the log answered something else")),
+        Ok(Err(Refusal::Unknown(reason))) => Err(AdmitError::Unknown { reason }),
+        Ok(Err(Refusal::Closed(reason))) => Err(AdmitError::Closed { reason }),
+        Ok(Err(Refusal::DiskFull)) => Err(AdmitError::DiskFull),
+        // The writer went away with the request in its hands.
+        Err(_) => Err(AdmitError::Unknown { reason: "the log stopped during the write".into() }),
     }
 }
 
