@@ -37,7 +37,8 @@ const TURNS: usize = 61;
 
 /// A record as a shop would write it, of 600 bytes and, with more lines, 3,000.
 fn payload(lines: usize) -> String {
-    let line = |n: usize| format!(r#"{{"sku":"AB-{:04}","quantity":{},"price":{}.95,"gift":false}}"#, 1000 + n, n + 1, 12 + n);
+    let line =
+        |n: usize| format!(r#"{{"sku":"AB-{:04}","quantity":{},"price":{}.95,"gift":false}}"#, 1000 + n, n + 1, 12 + n);
     let lines: Vec<String> = (0..lines).map(line).collect();
     format!(
         concat!(

@@ -19,6 +19,9 @@ use super::engine::{Answer, afford, end, kind, raise};
 use super::guard::{self, Ended, MAX_CHILDREN, NewChild, Run};
 use crate::record::Headers;
 
+/// What a value's JSON takes at first, in bytes.
+const SMALL: usize = 128;
+
 /// One function's entry in the docs.
 struct Entry {
     signature: &'static str,
@@ -127,18 +130,18 @@ pub(super) fn register(engine: &mut Engine) {
 /// The functions that end a script or add to what it makes.
 fn control(engine: &mut Engine) {
     engine.register_fn("drop", || -> Answer<()> {
-        guard::with_run(|run| run.ended = Some(Ended::Dropped));
+        guard::with_run(|run| run.end(Ended::Dropped));
         end()
     });
     engine.register_fn("fail", |why: &str| -> Answer<()> {
-        guard::with_run(|run| run.ended = Some(Ended::Failed(why.into())));
+        guard::with_run(|run| run.end(Ended::Failed(why.into())));
         end()
     });
     engine.register_fn("emit", |child: Map| -> Answer<()> {
         let child = new_child(child)?;
         in_run(|run| {
             if run.children.len() >= MAX_CHILDREN {
-                run.ended = Some(Ended::Failed(format!("emit made more than {MAX_CHILDREN} children").into()));
+                run.end(Ended::Failed(format!("emit made more than {MAX_CHILDREN} children").into()));
                 return end();
             }
             if child.payload.len() > run.around.record_limit {
@@ -190,7 +193,7 @@ pub(super) fn headers_of(headers: &Dynamic) -> Result<Headers, String> {
         let text = match value.as_immutable_string_ref() {
             Ok(text) => text.as_str().into(),
             Err(_) => {
-                let bytes = convert::write(value).map_err(|error| format!("header {name}: {error}"))?;
+                let bytes = convert::write(value, SMALL).map_err(|error| format!("header {name}: {error}"))?;
                 String::from_utf8(bytes).map_err(|error| error.to_string())?.into()
             }
         };
@@ -244,7 +247,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn json(value: &Dynamic) -> Answer<Vec<u8>> {
-    convert::write(value).or_else(|error| raise(error.to_string()))
+    convert::write(value, SMALL).or_else(|error| raise(error.to_string()))
 }
 
 fn bytes_of(value: &Dynamic) -> Answer<Vec<u8>> {
