@@ -27,6 +27,8 @@ impl Transform {
     /// # Errors
     /// When a stage fails on it: the record's error.
     pub fn run(&self, event: Event) -> Result<Outcome, Fault> {
+        #[cfg(test)]
+        self.runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let mut work = Work { event, payload: None, touched: None, next: 0 };
         // As long as it is one event, nothing is gathered.
         let children = loop {
