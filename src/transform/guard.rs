@@ -85,6 +85,8 @@ struct Watch {
     held_last: Cell<u64>,
     began: Cell<Option<Instant>>,
     deadline: Cell<Duration>,
+    /// Bytes that the script was given.
+    given: Cell<u64>,
     ended: Cell<bool>,
 }
 
@@ -97,23 +99,26 @@ thread_local! {
             held_last: Cell::new(0),
             began: Cell::new(None),
             deadline: Cell::new(DEADLINE),
+            given: Cell::new(0),
             ended: Cell::new(false),
         }
     };
 }
 
-/// Runs `work` under guard, and gives its result with what became of the run.
+/// Runs `work` under guard, and gives its result with what became of the run. `calls` is how often `uuid` and `random`
+/// were called for the event before, `given` the bytes of its payload.
 pub(super) fn enter<T>(
     around: &Arc<Surroundings>,
     record: &Arc<Record>,
     child: Child,
     calls: u32,
+    given: usize,
     work: impl FnOnce() -> T,
 ) -> (std::thread::Result<T>, Option<Run>) {
     let run =
         Run { around: Arc::clone(around), record: Arc::clone(record), child, calls, children: Vec::new(), ended: None };
     RUN.set(Some(run));
-    WATCH.with(|watch| watch.begin(around.deadline));
+    WATCH.with(|watch| watch.begin(around.deadline, given as u64));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
     WATCH.with(Watch::end);
     (result, RUN.take())
@@ -137,15 +142,18 @@ fn stop(why: Stopped) -> bool {
 
 /// A step that took this much memory may have taken long as well.
 const BIG_STEP: u64 = 64 << 10;
+/// With so much in its hands a script can make one step take long without taking any memory.
+const MUCH: u64 = 128 << 10;
 
 impl Watch {
-    fn begin(&self, deadline: Duration) {
+    fn begin(&self, deadline: Duration, given: u64) {
         let memory = memory::counters();
         self.memory.set(memory);
         self.held_before.set(memory.held());
         self.held_last.set(memory.held());
         self.began.set(Some(Instant::now()));
         self.deadline.set(deadline);
+        self.given.set(given);
         self.ended.set(false);
     }
 
@@ -157,13 +165,15 @@ impl Watch {
     /// The limit that the run has reached. Outside of a run there is none.
     fn exceeded(&self, steps: u64) -> Option<Stopped> {
         let held = self.memory.get().held();
-        // The clock costs more than a step: it is looked at now and then, and after what may have taken long.
-        let big = held.abs_diff(self.held_last.replace(held)) > BIG_STEP;
-        if held.saturating_sub(self.held_before.get()) > MEMORY_BUDGET {
+        let grown = held.saturating_sub(self.held_before.get());
+        if grown > MEMORY_BUDGET {
             return self.began.get().map(|_| Stopped::Memory);
         }
+        // The clock costs more than a step: it is looked at now and then, and after each that may have taken long.
+        let big = held.abs_diff(self.held_last.replace(held)) > BIG_STEP;
+        let much = grown.saturating_add(self.given.get()) > MUCH;
         let late = |began: Instant| began.elapsed() > self.deadline.get();
-        let looks = big || steps.is_multiple_of(8);
+        let looks = big || much || steps.is_multiple_of(8);
         (looks && self.began.get().is_some_and(late)).then(|| Stopped::Deadline(self.deadline.get()))
     }
 }

@@ -86,9 +86,10 @@ impl Program {
             (None, false) => None,
         };
         let work = || self.evaluate(event, payload);
-        let (result, run) = guard::enter(&self.around, &event.record, event.child, event.calls, || {
-            if self.uses.repeats { stacker::grow(BIG_STACK, work) } else { work() }
-        });
+        let (result, run) =
+            guard::enter(&self.around, &event.record, event.child, event.calls, event.payload().len(), || {
+                if self.uses.repeats { stacker::grow(BIG_STACK, work) } else { work() }
+            });
         let Some(run) = run else { return Err(self.fault("the script lost its run")) };
         let dropped = run.ended == Some(Ended::Dropped);
         let left = match result {
