@@ -12,6 +12,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Timestamp;
 
+/// The longest key, in bytes; a client's or a script's.
+pub const LONGEST_KEY: usize = 1_024;
+/// Headers at most, names and values, in bytes; a client's with its tags, or a script's.
+pub const MOST_HEADERS: usize = 16 << 10;
+
 /// A namespace's name: 1 to 63 of `a-z`, `0-9`, `-`, starting and ending with a letter or digit.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Namespace(Arc<str>);

@@ -19,21 +19,17 @@ use super::Inlet;
 use super::reply::Problem;
 use crate::clock::Timestamp;
 use crate::delay::{RequestedDelay, due};
-use crate::record::{Headers, Record, RecordId, Target, TargetKind};
+use crate::record::{Headers, LONGEST_KEY, MOST_HEADERS, Record, RecordId, Target, TargetKind};
 use crate::source::{IdempotencyKey, Write};
 use crate::transform::{Event, MAX_DEPTH, json_depth};
 use crate::units::Span;
 
-/// The longest key, in bytes.
-const LONGEST_KEY: usize = 1_024;
 /// Payloads up to this size are copied out of the buffer that they came in.
 const LARGEST_COPY: usize = 64 << 10;
 /// The longest idempotency key, in bytes.
 const LONGEST_IDEMPOTENCY_KEY: usize = 255;
 /// The longest origin, in bytes.
 const LONGEST_ORIGIN: usize = 255;
-/// Metadata and tags at most, in bytes.
-const MOST_METADATA: usize = 16 << 10;
 
 /// A write as clients send it.
 #[derive(Deserialize, utoipa::ToSchema)]
@@ -232,8 +228,8 @@ impl Envelope<'_> {
             self.metadata.iter().map(|(name, value)| (name.as_str().into(), plain(value).into())).collect();
         let size = headers.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>()
             + self.tags.iter().map(|tag| tag.len()).sum::<usize>();
-        if size > MOST_METADATA {
-            return Err(Problem::too_large(size as u64, MOST_METADATA as u64).failed());
+        if size > MOST_HEADERS {
+            return Err(Problem::too_large(size as u64, MOST_HEADERS as u64).failed());
         }
         Ok(headers)
     }

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use super::logs::Opened;
 use crate::clock::Clock;
 use crate::ingest::{Budget, Inlet, Outlet, Received};
-use crate::pipeline::branch::{BranchDeps, BranchHandle, OpenSink};
+use crate::pipeline::branch::{BranchDeps, BranchHandle, OpenSink, Shared};
 use crate::pipeline::plan::{BranchPlan, Plan};
 use crate::pipeline::revisions::Revisions;
 use crate::record::Namespace;
@@ -40,6 +40,7 @@ pub(super) struct Pipeline {
     pub(super) log: Arc<dyn Log>,
     pub(super) shelf: Arc<dyn Shelf>,
     pub(super) revisions: Arc<Revisions>,
+    shared: Arc<Shared>,
     clock: Clock,
     open_sink: OpenSink,
     /// The way in, as the plan in force has it.
@@ -75,6 +76,7 @@ impl Pipeline {
             log: opened.log,
             shelf: opened.shelf,
             revisions,
+            shared: Arc::default(),
             clock,
             open_sink: Arc::new(|kind, context| sink::open(kind, context).map_err(|error| error.to_string().into())),
             inlet: ArcSwap::from_pointee(inlet),
@@ -183,6 +185,7 @@ impl Pipeline {
             log: Arc::clone(&self.log),
             shelf: Arc::clone(&self.shelf),
             revisions: Arc::clone(&self.revisions),
+            shared: Arc::clone(&self.shared),
             open_sink: Arc::clone(&self.open_sink),
             clock: self.clock.clone(),
             start,

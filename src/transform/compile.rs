@@ -118,7 +118,7 @@ impl Compiler {
                 Err(error) => errors.push(error),
             }
         }
-        if errors.is_empty() { Ok(Transform { stages: stages.into() }) } else { Err(errors) }
+        if errors.is_empty() { Ok(Transform::new(stages.into())) } else { Err(errors) }
     }
 
     /// Compiles a condition, for example a `when`.

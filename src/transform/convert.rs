@@ -5,7 +5,6 @@
 //! written.
 
 use std::fmt;
-use std::io;
 
 use rhai::{Array, Dynamic, FLOAT, INT, ImmutableString, Map};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
@@ -38,32 +37,43 @@ pub(super) enum NotWritable {
 /// # Errors
 /// When it is not JSON or nested deeper than [`MAX_DEPTH`].
 pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, serde_json::Error> {
+    // One look at the whole text is cheaper than one at each piece of it.
+    let Ok(text) = str::from_utf8(bytes) else { return Err(not_text(bytes)) };
     let mut notes = Notes::default();
-    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    let mut reader = serde_json::Deserializer::from_str(text);
     let value = Build { notes: &mut notes, depth: 0 }.deserialize(&mut reader)?;
     reader.end()?;
     Ok(Parsed { value, wide: notes.wide, repeated: notes.repeated })
+}
+
+/// Where bytes that are no UTF-8 cease to be JSON.
+#[cold]
+fn not_text(bytes: &[u8]) -> serde_json::Error {
+    let error = serde_json::from_slice::<serde_json::Value>(bytes).err();
+    error.unwrap_or_else(|| serde_json::Error::custom("it is no UTF-8"))
 }
 
 /// Whether `parsed` is still what `bytes` say, to the last bit of each number.
 pub(super) fn same(bytes: &[u8], parsed: &Parsed) -> bool {
     if parsed.repeated {
         // The comparison below would stumble over the field's first value.
-        return parse(bytes).is_ok_and(|fresh| match (write(&fresh.value), write(&parsed.value)) {
-            (Ok(fresh), Ok(now)) => fresh == now,
-            _ => false,
+        return parse(bytes).is_ok_and(|fresh| {
+            match (write(&fresh.value, bytes.len()), write(&parsed.value, bytes.len())) {
+                (Ok(fresh), Ok(now)) => fresh == now,
+                _ => false,
+            }
         });
     }
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     Same(&parsed.value).deserialize(&mut reader).is_ok()
 }
 
-/// Writes a value as compact JSON; the fields of objects come in alphabetical order.
+/// Writes a value as compact JSON of about `expected` bytes; the fields of objects come in alphabetical order.
 ///
 /// # Errors
 /// When something in it is no JSON, or it is nested deeper than [`MAX_DEPTH`].
-pub(super) fn write(value: &Dynamic) -> Result<Vec<u8>, NotWritable> {
-    let mut out = Vec::with_capacity(512);
+pub(super) fn write(value: &Dynamic, expected: usize) -> Result<Vec<u8>, NotWritable> {
+    let mut out = Vec::with_capacity(expected.saturating_add(expected / 8));
     write_to(&mut out, value, 0)?;
     Ok(out)
 }
@@ -162,7 +172,7 @@ impl<'de> Visitor<'de> for Build<'_> {
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Dynamic, E> {
-        Ok(Dynamic::from(ImmutableString::from(value)))
+        Ok(ImmutableString::from(value).into())
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Dynamic, A::Error> {
@@ -287,11 +297,14 @@ impl<'de> Visitor<'de> for Same<'_> {
 }
 
 fn write_to(out: &mut Vec<u8>, value: &Dynamic, depth: usize) -> Result<(), NotWritable> {
-    if let Ok(text) = value.as_immutable_string_ref() {
+    // Asked for before it is taken: to be refused costs a look at the type's name.
+    if value.is_string()
+        && let Ok(text) = value.as_immutable_string_ref()
+    {
         write_text(out, &text);
-    } else if let Ok(number) = value.as_int() {
-        write_scalar(out, &number);
-    } else if let Ok(map) = value.as_map_ref() {
+    } else if value.is_map()
+        && let Ok(map) = value.as_map_ref()
+    {
         let depth = deeper(depth)?;
         out.push(b'{');
         for (at, (name, value)) in map.iter().enumerate() {
@@ -303,7 +316,9 @@ fn write_to(out: &mut Vec<u8>, value: &Dynamic, depth: usize) -> Result<(), NotW
             write_to(out, value, depth)?;
         }
         out.push(b'}');
-    } else if let Ok(array) = value.as_array_ref() {
+    } else if value.is_array()
+        && let Ok(array) = value.as_array_ref()
+    {
         let depth = deeper(depth)?;
         out.push(b'[');
         for (at, value) in array.iter().enumerate() {
@@ -313,6 +328,8 @@ fn write_to(out: &mut Vec<u8>, value: &Dynamic, depth: usize) -> Result<(), NotW
             write_to(out, value, depth)?;
         }
         out.push(b']');
+    } else if let Ok(number) = value.as_int() {
+        write_scalar(out, &number);
     } else if let Ok(value) = value.as_bool() {
         out.extend_from_slice(if value { b"true" } else { b"false" });
     } else if value.is_unit() {
@@ -335,12 +352,36 @@ fn deeper(depth: usize) -> Result<usize, NotWritable> {
 }
 
 fn write_text(out: &mut Vec<u8>, text: &str) {
-    write_scalar(out, text);
+    let bytes = text.as_bytes();
+    if is_plain(bytes) {
+        out.reserve(bytes.len() + 2);
+        out.push(b'"');
+        out.extend_from_slice(bytes);
+        out.push(b'"');
+    } else {
+        write_scalar(out, text);
+    }
+}
+
+/// Whether JSON writes these bytes as they are; eight are looked at in one step.
+fn is_plain(bytes: &[u8]) -> bool {
+    const ONES: u64 = u64::MAX / 0xFF;
+    const TOPS: u64 = ONES << 7;
+    /// The top bit of each byte that is less than `than`, which is at most 128; above the first such byte it may err.
+    const fn less(eight: u64, than: u64) -> u64 {
+        eight.wrapping_sub(ONES * than) & !eight & TOPS
+    }
+    let (eights, rest) = bytes.as_chunks::<8>();
+    let odd = eights.iter().fold(0, |odd, eight| {
+        let eight = u64::from_ne_bytes(*eight);
+        odd | less(eight, 0x20) | less(eight ^ (ONES * 0x22), 1) | less(eight ^ (ONES * 0x5C), 1)
+    });
+    odd == 0 && rest.iter().all(|byte| *byte >= b' ' && *byte != b'"' && *byte != b'\\')
 }
 
 fn write_scalar<T: serde::Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
     // Neither text nor a finite number can fail, nor can a vector.
-    let _: Result<(), serde_json::Error> = serde_json::to_writer(out as &mut dyn io::Write, value);
+    let _: Result<(), serde_json::Error> = serde_json::to_writer(out, value);
 }
 
 /// Whether the value is nested deeper than [`MAX_DEPTH`]; looks no deeper than that.
@@ -387,7 +428,7 @@ mod tests {
             let bytes = if pretty { serde_json::to_vec_pretty(&value) } else { serde_json::to_vec(&value) }.unwrap();
             let parsed = parse(&bytes).unwrap();
             prop_assert!(same(&bytes, &parsed));
-            let written = write(&parsed.value).unwrap();
+            let written = write(&parsed.value, 0).unwrap();
             prop_assert_eq!(serde_json::from_slice::<Value>(&written).unwrap(), value);
         }
 
@@ -450,16 +491,36 @@ mod tests {
         let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
         let deepest = parse(nested(MAX_DEPTH).as_bytes()).unwrap();
         assert!(parse(nested(MAX_DEPTH + 1).as_bytes()).is_err());
-        assert!(!too_deep(&deepest.value) && write(&deepest.value).is_ok());
+        assert!(!too_deep(&deepest.value) && write(&deepest.value, 0).is_ok());
         let deeper = Dynamic::from_array(vec![deepest.value]);
         assert!(too_deep(&deeper));
-        assert_eq!(write(&deeper).unwrap_err(), NotWritable::Depth);
+        assert_eq!(write(&deeper, 0).unwrap_err(), NotWritable::Depth);
+    }
+
+    #[test]
+    fn text_is_escaped_wherever_it_needs_to_be() {
+        for len in 1..=17 {
+            for at in 0..len {
+                for odd in (0..=0x7F).map(char::from).chain(['é', '\u{80}', '\u{2028}', '😀']) {
+                    let text: String = (0..len).map(|place| if place == at { odd } else { 'x' }).collect();
+                    let written = write(&Dynamic::from(text.clone()), 0).unwrap();
+                    assert_eq!(written, serde_json::to_vec(&text).unwrap(), "{text:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_utf_8_is_no_json_and_its_place_is_named() {
+        let error = parse(b"{\"a\":\n\"\xff\"}").unwrap_err();
+        assert_eq!(error.line(), 2, "{error}");
+        parse(b"[1,2]\xff").unwrap_err();
     }
 
     #[test]
     fn what_is_no_json_is_refused() {
-        assert!(matches!(write(&Dynamic::from_float(f64::NAN)), Err(NotWritable::Number(_))));
-        assert!(matches!(write(&Dynamic::from(std::time::Duration::ZERO)), Err(NotWritable::Kind(_))));
-        assert_eq!(write(&Dynamic::from('"')).unwrap(), serde_json::to_vec(&json!("\"")).unwrap());
+        assert!(matches!(write(&Dynamic::from_float(f64::NAN), 0), Err(NotWritable::Number(_))));
+        assert!(matches!(write(&Dynamic::from(std::time::Duration::ZERO), 0), Err(NotWritable::Kind(_))));
+        assert_eq!(write(&Dynamic::from('"'), 0).unwrap(), serde_json::to_vec(&json!("\"")).unwrap());
     }
 }

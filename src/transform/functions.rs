@@ -17,7 +17,10 @@ use sha2::{Digest, Sha256, Sha512};
 use super::convert;
 use super::engine::{Answer, afford, end, kind, raise};
 use super::guard::{self, Ended, MAX_CHILDREN, NewChild, Run};
-use crate::record::Headers;
+use crate::record::{Headers, LONGEST_KEY, MOST_HEADERS};
+
+/// What a value's JSON takes at first, in bytes.
+const SMALL: usize = 128;
 
 /// One function's entry in the docs.
 struct Entry {
@@ -127,18 +130,18 @@ pub(super) fn register(engine: &mut Engine) {
 /// The functions that end a script or add to what it makes.
 fn control(engine: &mut Engine) {
     engine.register_fn("drop", || -> Answer<()> {
-        guard::with_run(|run| run.ended = Some(Ended::Dropped));
+        guard::with_run(|run| run.end(Ended::Dropped));
         end()
     });
     engine.register_fn("fail", |why: &str| -> Answer<()> {
-        guard::with_run(|run| run.ended = Some(Ended::Failed(why.into())));
+        guard::with_run(|run| run.end(Ended::Failed(why.into())));
         end()
     });
     engine.register_fn("emit", |child: Map| -> Answer<()> {
         let child = new_child(child)?;
         in_run(|run| {
             if run.children.len() >= MAX_CHILDREN {
-                run.ended = Some(Ended::Failed(format!("emit made more than {MAX_CHILDREN} children").into()));
+                run.end(Ended::Failed(format!("emit made more than {MAX_CHILDREN} children").into()));
                 return end();
             }
             if child.payload.len() > run.around.record_limit {
@@ -171,6 +174,9 @@ fn new_child(mut child: Map) -> Answer<NewChild> {
 /// A key as a script leaves it: text, a number's or bool's JSON text, or `()` for none.
 pub(super) fn key_of(key: &Dynamic) -> Result<Option<std::sync::Arc<str>>, String> {
     if let Ok(text) = key.as_immutable_string_ref() {
+        if text.len() > LONGEST_KEY {
+            return Err(format!("a key of {} bytes is over the limit of {LONGEST_KEY}", text.len()));
+        }
         return Ok(Some(text.as_str().into()));
     }
     if key.is_unit() {
@@ -186,14 +192,19 @@ pub(super) fn key_of(key: &Dynamic) -> Result<Option<std::sync::Arc<str>>, Strin
 pub(super) fn headers_of(headers: &Dynamic) -> Result<Headers, String> {
     let map = headers.as_map_ref().map_err(|_| format!("headers are a map, not {}", kind(headers)))?;
     let mut list = Headers::with_capacity(map.len());
+    let mut size = 0_usize;
     for (name, value) in map.iter().filter(|(_, value)| !value.is_unit()) {
-        let text = match value.as_immutable_string_ref() {
+        let text: Box<str> = match value.as_immutable_string_ref() {
             Ok(text) => text.as_str().into(),
             Err(_) => {
-                let bytes = convert::write(value).map_err(|error| format!("header {name}: {error}"))?;
+                let bytes = convert::write(value, SMALL).map_err(|error| format!("header {name}: {error}"))?;
                 String::from_utf8(bytes).map_err(|error| error.to_string())?.into()
             }
         };
+        size = size.saturating_add(name.len()).saturating_add(text.len());
+        if size > MOST_HEADERS {
+            return Err(format!("headers are over the limit of {MOST_HEADERS} bytes"));
+        }
         list.push((name.as_str().into(), text));
     }
     Ok(list)
@@ -244,7 +255,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn json(value: &Dynamic) -> Answer<Vec<u8>> {
-    convert::write(value).or_else(|error| raise(error.to_string()))
+    convert::write(value, SMALL).or_else(|error| raise(error.to_string()))
 }
 
 fn bytes_of(value: &Dynamic) -> Answer<Vec<u8>> {

@@ -32,7 +32,7 @@ pub use schema::{PayloadSchema, SchemaError, SchemaFault};
 use program::Program;
 
 /// What a chain of stages made of one event.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Outcome {
     /// Send these on, in order; one event unless `emit` made children.
     Deliver(Vec<Event>),
@@ -54,12 +54,28 @@ pub struct Fault {
 #[derive(Clone, Debug, Default)]
 pub struct Transform {
     stages: Arc<[Program]>,
+    /// Events that went into it, over all clones.
+    #[cfg(test)]
+    pub(crate) runs: Arc<std::sync::atomic::AtomicU64>,
 }
 
 impl Transform {
+    fn new(stages: Arc<[Program]>) -> Self {
+        Self {
+            stages,
+            #[cfg(test)]
+            runs: Arc::default(),
+        }
+    }
+
     /// True when there is no stage: events pass untouched.
     pub fn is_empty(&self) -> bool {
         self.stages.is_empty()
+    }
+
+    /// True when the other is a clone of this one: the same texts, compiled at the same time.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.stages, &other.stages)
     }
 
     /// The stages' names, in order.

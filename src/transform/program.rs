@@ -86,9 +86,10 @@ impl Program {
             (None, false) => None,
         };
         let work = || self.evaluate(event, payload);
-        let (result, run) = guard::enter(&self.around, &event.record, event.child, event.calls, || {
-            if self.uses.repeats { stacker::grow(BIG_STACK, work) } else { work() }
-        });
+        let (result, run) =
+            guard::enter(&self.around, &event.record, event.child, event.calls, event.payload().len(), || {
+                if self.uses.repeats { stacker::grow(BIG_STACK, work) } else { work() }
+            });
         let Some(run) = run else { return Err(self.fault("the script lost its run")) };
         let dropped = run.ended == Some(Ended::Dropped);
         let left = match result {
@@ -118,7 +119,11 @@ impl Program {
             None => (Dynamic::UNIT, None),
         };
         let mut scope = Scope::new();
-        scope.push_dynamic("payload", value);
+        scope.push_dynamic("payload", Dynamic::UNIT);
+        // Put in its place afterwards: a push goes through all of the value to mark it as a variable's.
+        if let Some(payload) = scope.get_mut("payload") {
+            *payload = value;
+        }
         if self.uses.key {
             scope
                 .push_dynamic("key", event.key.as_deref().map_or(Dynamic::UNIT, |text| Dynamic::from(text.to_owned())));
@@ -188,7 +193,7 @@ impl Program {
         let ended = guard::with_run(|run| run.ended.as_ref().and_then(Ended::why)).flatten();
         let message = ended.unwrap_or_else(|| match inner {
             EvalAltResult::ErrorRuntime(value, _) if value.is_string() => value.to_string(),
-            EvalAltResult::ErrorRuntime(value, _) => match convert::write(value) {
+            EvalAltResult::ErrorRuntime(value, _) => match convert::write(value, MESSAGE) {
                 Ok(json) => String::from_utf8_lossy(&json).into_owned(),
                 Err(_) => format!("it threw a value of type {}", engine::kind(value)),
             },
@@ -211,6 +216,9 @@ impl Program {
 impl Answer {
     #[expect(clippy::cast_precision_loss, reason = "asked for only where a float is meant")]
     fn of(value: &Dynamic) -> Self {
+        if value.is_unit() {
+            return Self::Other(engine::kind(value));
+        }
         if let Ok(value) = value.as_bool() {
             return Self::Bool(value);
         }

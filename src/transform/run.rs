@@ -27,9 +27,28 @@ impl Transform {
     /// # Errors
     /// When a stage fails on it: the record's error.
     pub fn run(&self, event: Event) -> Result<Outcome, Fault> {
-        let mut finished = Vec::with_capacity(1);
-        let mut dropped = None;
-        let mut waiting = vec![Work { event, payload: None, touched: None, next: 0 }];
+        #[cfg(test)]
+        self.runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let mut work = Work { event, payload: None, touched: None, next: 0 };
+        // As long as it is one event, nothing is gathered.
+        let children = loop {
+            let Some(stage) = self.stages.get(work.next) else {
+                return Ok(Outcome::Deliver(vec![self.finish(work)?]));
+            };
+            match step(stage, work)? {
+                Step::On(same) => work = same,
+                Step::Dropped => return Ok(Outcome::Drop(stage.name.clone())),
+                Step::Children(children) => break children,
+            }
+        };
+        self.run_all(children)
+    }
+
+    /// Runs the rest of the stages over the children of one event, and over theirs.
+    fn run_all(&self, mut waiting: Vec<Work>) -> Result<Outcome, Fault> {
+        let (mut finished, mut dropped) = (Vec::with_capacity(waiting.len()), None);
+        // Last first, since the next one is taken from the end.
+        waiting.reverse();
         while let Some(work) = waiting.pop() {
             let Some(stage) = self.stages.get(work.next) else {
                 finished.push(self.finish(work)?);
@@ -38,7 +57,6 @@ impl Transform {
             match step(stage, work)? {
                 Step::On(work) => waiting.push(work),
                 Step::Dropped => dropped = Some(stage.name.clone()),
-                // Last first, since the next one is taken from the end.
                 Step::Children(children) => waiting.extend(children.into_iter().rev()),
             }
             if finished.len() + waiting.len() > MAX_CHILDREN {
@@ -68,7 +86,8 @@ impl Transform {
                 "the payload holds an integer beyond 64 bits, which a script that changes the payload would not keep",
             ));
         }
-        let bytes = convert::write(&parsed.value).map_err(|error| stage.fault(format!("the payload: {error}")))?;
+        let bytes = convert::write(&parsed.value, event.payload().len())
+            .map_err(|error| stage.fault(format!("the payload: {error}")))?;
         let limit = stage.around.record_limit;
         if bytes.len() > limit {
             let got = bytes.len();

@@ -3,10 +3,16 @@
 //! Takes the schema file through a reader that the caller gives, and the neighbours that it names by a relative
 //! `$ref` through the same reader; never reaches out to the network, and runs every pattern in linear time.
 
+mod files;
+#[cfg(test)]
+mod tests;
+
 use std::path::Path;
 
 use jsonschema::{PatternOptions, Validator};
 use serde_json::Value;
+
+use files::Files;
 
 /// A schema file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +43,14 @@ pub enum SchemaError {
         /// Why.
         message: Box<str>,
     },
+    /// A schema and the files that it refers to are too many.
+    #[error("the schema {path} refers to more than {most} files")]
+    Many {
+        /// The schema itself.
+        path: Box<str>,
+        /// How many are taken.
+        most: usize,
+    },
 }
 
 /// One thing that a payload does not match.
@@ -64,12 +78,11 @@ impl PayloadSchema {
     /// When a file cannot be read, is not JSON or no schema.
     pub fn load(path: &Path, read: &mut dyn FnMut(&Path) -> std::io::Result<Vec<u8>>) -> Result<Self, SchemaError> {
         let shown: Box<str> = path.display().to_string().into();
-        let bytes = read(path).map_err(|error| SchemaError::Read { path: shown.clone(), error })?;
-        let schema: Value =
-            serde_json::from_slice(&bytes).map_err(|error| SchemaError::Json { path: shown.clone(), error })?;
+        let (schema, files) = Files::gather(path, read)?;
         let validator = jsonschema::options()
             .should_validate_formats(true)
             .with_pattern_options(PatternOptions::regex())
+            .with_retriever(files)
             .build(&schema)
             .map_err(|error| SchemaError::Schema { path: shown.clone(), message: error.to_string().into() })?;
         Ok(Self { path: shown, validator })

@@ -1,5 +1,7 @@
 //! What a chain of stages makes of an event: the promises to those who write scripts.
 
+mod hostile;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;

@@ -16,7 +16,7 @@ use super::breaker::{Breaker, Circuit};
 use super::copies::Copies;
 use super::lanes::{Delivery, Lanes};
 use super::pace::Pace;
-use super::prepare::{Prepared, Stillborn, is_cheap, prepare};
+use super::prepare::{Prepared, Stillborn, is_cheap, prepare_all};
 use super::stats::{Board, BranchCounters, Pause};
 use super::waiting::Asides;
 use super::{BranchDeps, Command, Told};
@@ -25,7 +25,7 @@ use crate::pipeline::plan::BranchPlan;
 use crate::record::Position;
 use crate::sink::{BatchStyle, Operation, Sink, SinkContext, Written};
 use crate::source::frontier::Frontier;
-use crate::source::{AsideRow, Entry, LogError, RowKey, Settlement, StoredPause, Subscription, lane_of};
+use crate::source::{AsideRow, LogError, RowKey, Settlement, StoredPause, Subscription, lane_of};
 use crate::spec::sink::Ordering;
 
 /// Records read and not yet behind the stored cursor: what may be sent twice after a crash.
@@ -294,6 +294,7 @@ impl Actor {
     /// Reads and prepares the next records; scripts run off the async threads.
     fn read(&self, mut subscription: Box<dyn Subscription>) -> Reading {
         let (branch, revisions) = (Arc::clone(&self.plan), Arc::clone(&self.deps.revisions));
+        let shared = Arc::clone(&self.deps.shared);
         async move {
             let entries = match subscription.next(READ, WINDOW_BYTES / 4).await {
                 Ok(entries) => entries,
@@ -304,13 +305,7 @@ impl Actor {
                 return (subscription, Ok(Vec::new()));
             };
             let cheap = is_cheap(&branch, &now) && in_force.revisions().iter().all(|old| is_cheap(&branch, &old.plan));
-            let work = move || {
-                let one = |entry: Entry| {
-                    let then = in_force.at(entry.position).unwrap_or(&now);
-                    prepare(entry.position, entry.record, &branch, &now, then)
-                };
-                entries.into_iter().map(one).collect::<Vec<_>>()
-            };
+            let work = move || prepare_all(entries, &branch, &now, &in_force, &shared);
             if cheap {
                 return (subscription, Ok(work()));
             }

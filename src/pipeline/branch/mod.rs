@@ -13,6 +13,7 @@ mod orders;
 mod outcome;
 mod pace;
 mod prepare;
+mod shared;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+pub use shared::Shared;
 pub use stats::{Board, BranchCounters, BranchStatus, Pause};
 
 use super::plan::BranchPlan;
@@ -50,6 +52,8 @@ pub struct BranchDeps {
     pub shelf: Arc<dyn Shelf>,
     /// Which plan decides who takes a record.
     pub revisions: Arc<Revisions>,
+    /// What the namespace's branches need to do once only.
+    pub shared: Arc<Shared>,
     /// How a sink is made.
     pub open_sink: OpenSink,
     /// Wall-clock time.

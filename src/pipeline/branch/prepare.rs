@@ -6,10 +6,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use super::shared::{Found, Shared};
 use crate::pipeline::plan::{BranchPlan, Plan, Routing};
+use crate::pipeline::revisions::InForce;
 use crate::record::{Position, Record};
 use crate::replicate::{Meant, meant_for};
-use crate::source::{Child, DeadReason};
+use crate::source::{Child, DeadReason, Entry};
 use crate::spec::sink::Otherwise;
 use crate::transform::{Event, Fault, Outcome, Predicate, Transform};
 
@@ -39,6 +41,13 @@ pub(super) struct Stillborn {
     pub(super) error: Box<str>,
 }
 
+impl Stillborn {
+    /// One that no target and no author caused.
+    fn by_us(error: &str) -> Self {
+        Self { reason: DeadReason::Script, stage: "transform".into(), error: error.into() }
+    }
+}
+
 impl From<Fault> for Stillborn {
     fn from(fault: Fault) -> Self {
         Self { reason: DeadReason::Script, stage: fault.stage, error: fault.message }
@@ -61,11 +70,29 @@ pub(super) fn is_cheap(branch: &BranchPlan, plan: &Plan) -> bool {
 
 /// Runs `work`; a panic in it is the record's error, or the branch would meet the record again and again.
 pub(super) fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, Stillborn> {
-    catch_unwind(AssertUnwindSafe(work)).map_err(|_| Stillborn {
-        reason: DeadReason::Script,
-        stage: "transform".into(),
-        error: "a stage panicked on this record; this is a fault of walflow".into(),
-    })
+    let panicked = "a stage panicked on this record; this is a fault of walflow";
+    catch_unwind(AssertUnwindSafe(work)).map_err(|_| Stillborn::by_us(panicked))
+}
+
+/// What the records are to the branch, in order. Stages that other branches run as well run once between them.
+pub(super) fn prepare_all(
+    entries: Vec<Entry>,
+    branch: &BranchPlan,
+    now: &Plan,
+    in_force: &InForce,
+    shared: &Shared,
+) -> Vec<Prepared> {
+    let prepare = |entry: &Entry, sharing| {
+        let then = in_force.at(entry.position).map_or(now, |plan| plan);
+        contained(entry.position, &entry.record, || run(entry, branch, now, then, sharing))
+    };
+    let first = |entry: &Entry| prepare(entry, Sharing::With(shared));
+    let mut prepared: Vec<Option<Prepared>> = entries.iter().map(first).collect();
+    for (prepared, entry) in prepared.iter_mut().zip(&entries).filter(|(prepared, _)| prepared.is_none()) {
+        // Another branch was at it. It is at one record at a time, so hardly any is left to do.
+        *prepared = prepare(entry, Sharing::Or(shared));
+    }
+    prepared.into_iter().flatten().collect()
 }
 
 /// What the record is to the branch. `then` was in force when it came and decides who takes it; `branch` and `now` say
@@ -77,34 +104,56 @@ pub(super) fn prepare(
     now: &Plan,
     then: &Plan,
 ) -> Prepared {
-    let work = || run(position, Arc::clone(&record), branch, now, then);
-    guarded(work).unwrap_or_else(|stillborn| {
-        let parts = vec![Part { child: 0, result: Err(stillborn) }];
-        Prepared { position, record: Arc::clone(&record), parts, dropped: None }
-    })
+    let entry = Entry { position, record };
+    let prepared = contained(position, &entry.record, || run(&entry, branch, now, then, Sharing::Not));
+    prepared.unwrap_or_else(|| dead(position, &entry.record, Stillborn::by_us("the stages did not run")))
 }
 
-fn run(position: Position, record: Arc<Record>, branch: &BranchPlan, now: &Plan, then: &Plan) -> Prepared {
-    let mut prepared = Prepared { position, record: Arc::clone(&record), parts: Vec::new(), dropped: None };
+/// Whether other branches' runs of the same stages count.
+#[derive(Clone, Copy)]
+enum Sharing<'a> {
+    /// No: the record comes again, and alone.
+    Not,
+    /// Yes, and a record that another branch is at is left for later.
+    With(&'a Shared),
+    /// Yes, and it is done here if another branch is still at it.
+    Or(&'a Shared),
+}
+
+/// As [`guarded`]: a record on which a stage panics is stillborn.
+fn contained(position: Position, record: &Arc<Record>, work: impl FnOnce() -> Option<Prepared>) -> Option<Prepared> {
+    guarded(work).unwrap_or_else(|stillborn| Some(dead(position, record, stillborn)))
+}
+
+fn dead(position: Position, record: &Arc<Record>, stillborn: Stillborn) -> Prepared {
+    let parts = vec![Part { child: 0, result: Err(stillborn) }];
+    Prepared { position, record: Arc::clone(record), parts, dropped: None }
+}
+
+/// `None` = another branch is at it.
+fn run(entry: &Entry, branch: &BranchPlan, now: &Plan, then: &Plan, sharing: Sharing<'_>) -> Option<Prepared> {
+    let Entry { position, record } = entry;
+    let mut prepared = Prepared { position: *position, record: Arc::clone(record), parts: Vec::new(), dropped: None };
     let own = then.branches.iter().find(|other| other.name == branch.name || Some(&other.name) == branch.was.as_ref());
-    let Some(own) = own else { return prepared };
-    match meant_for(&record, &own.sink, own.region.as_deref(), branch.target, then.origin.as_deref()) {
+    let Some(own) = own else { return Some(prepared) };
+    match meant_for(record, &own.sink, own.region.as_deref(), branch.target, then.origin.as_deref()) {
         Meant::Here => {}
-        Meant::Elsewhere => return prepared,
+        Meant::Elsewhere => return Some(prepared),
         Meant::CameFromHere => {
             prepared.dropped = Some("loop guard: it came from this region".into());
-            return prepared;
+            return Some(prepared);
         }
         Meant::CameOver => {
             prepared.dropped = Some("loop guard: it came over from another region, which sends it on itself".into());
-            return prepared;
+            return Some(prepared);
         }
     }
     // A script that runs before a route decides who takes the record, so it is the one of that time.
     let transform = if decides(&then.routing) { &then.transform } else { &now.transform };
+    let made = first_stages(entry, transform, branch, now, sharing)?;
     let mut parts = Vec::new();
     let mut dropped = None;
-    stage(Event::original(record), transform, &mut dropped, &mut parts, &mut |event, dropped, parts| {
+    follow(made, &mut dropped, &mut parts, &mut |event, dropped, parts| {
         stage(event, &branch.transforms[0], dropped, parts, &mut |event, dropped, parts| match takes(
             &then.routing,
             own.arm,
@@ -140,7 +189,37 @@ fn run(position: Position, record: Arc<Record>, branch: &BranchPlan, now: &Plan,
     if prepared.parts.is_empty() {
         prepared.dropped = dropped;
     }
-    prepared
+    Some(prepared)
+}
+
+/// Runs the stages that all branches have, or takes what another's run of them made. `None` = another is at it.
+fn first_stages(
+    entry: &Entry,
+    stages: &Transform,
+    branch: &BranchPlan,
+    now: &Plan,
+    sharing: Sharing<'_>,
+) -> Option<Result<Outcome, Fault>> {
+    let event = || Event::original(Arc::clone(&entry.record));
+    let (Sharing::With(shared) | Sharing::Or(shared)) = sharing else { return Some(stages.run(event())) };
+    let wants = |other: &BranchPlan| {
+        let meant = meant_for(&entry.record, &other.sink, other.region.as_deref(), other.target, now.origin.as_deref());
+        other.name != branch.name && meant == Meant::Here
+    };
+    let others = now.branches.iter().filter(|other| wants(other)).count();
+    if stages.is_empty() || others == 0 {
+        return Some(stages.run(event()));
+    }
+    match shared.look(entry.position, stages, others) {
+        Found::Made(made) => Some(made),
+        Found::UnderWay if matches!(sharing, Sharing::With(_)) => None,
+        Found::UnderWay => Some(stages.run(event())),
+        Found::Mine(claim) => {
+            let made = stages.run(event());
+            claim.keep(&made);
+            Some(made)
+        }
+    }
 }
 
 /// Whether a routing looks at the record at all.
@@ -165,7 +244,17 @@ fn stage(
     if transform.is_empty() {
         return next(event, dropped, parts);
     }
-    match transform.run(event) {
+    follow(transform.run(event), dropped, parts, next);
+}
+
+/// Hands on what stages made of an event.
+fn follow(
+    made: Result<Outcome, Fault>,
+    dropped: &mut Option<Box<str>>,
+    parts: &mut Parts,
+    next: &mut dyn FnMut(Event, &mut Option<Box<str>>, &mut Parts),
+) {
+    match made {
         Ok(Outcome::Deliver(events)) => events.into_iter().for_each(|event| next(event, dropped, parts)),
         Ok(Outcome::Drop(by)) => *dropped = Some(by),
         Err(fault) => parts.push(Err(fault.into())),

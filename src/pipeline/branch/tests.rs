@@ -4,6 +4,7 @@ mod copies;
 mod ends;
 mod order;
 mod outage;
+mod sharing;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
-use super::{BranchDeps, BranchHandle, BranchStatus, OpenSink};
+use super::{BranchDeps, BranchHandle, BranchStatus, OpenSink, Shared};
 use crate::clock::{Clock, Timestamp};
 use crate::pipeline::make;
 use crate::pipeline::plan::Plan;
@@ -144,25 +145,10 @@ struct Bench {
     _ticker: tokio_util::task::AbortOnDropHandle<()>,
 }
 
-impl Bench {
-    /// A running branch of a stdout sink with these settings, its target taking everything.
-    async fn new(settings: &str) -> Self {
-        let clock = Clock::manual(Timestamp::from_millis(1_764_000_000_000));
-        let ticker = tokio::spawn({
-            let clock = clock.clone();
-            async move {
-                loop {
-                    sleep(Duration::from_millis(10)).await;
-                    clock.advance(Duration::from_millis(10));
-                }
-            }
-        });
-        let log = Memory::new(1, clock.clone());
-        let plan = Arc::new(plan(settings, &clock));
-        let revisions = Arc::new(Revisions::new(Arc::clone(&log) as Arc<dyn Log>));
-        let epoch = log.put_epoch(plan.files.clone()).await.unwrap();
-        revisions.publish(epoch.number, Arc::clone(&plan));
-        let target = Arc::new(Target {
+impl Target {
+    /// One that takes everything.
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
             judge: Mutex::new(Box::new(|_| None)),
             taken: Mutex::default(),
             asked: Mutex::default(),
@@ -171,9 +157,46 @@ impl Bench {
             batches: Mutex::default(),
             under_way: Mutex::default(),
             copies: Mutex::default(),
-        });
+        })
+    }
+}
+
+/// A clock that follows tokio's.
+fn ticking() -> (Clock, tokio_util::task::AbortOnDropHandle<()>) {
+    let clock = Clock::manual(Timestamp::from_millis(1_764_000_000_000));
+    let ticker = tokio::spawn({
+        let clock = clock.clone();
+        async move {
+            loop {
+                sleep(Duration::from_millis(10)).await;
+                clock.advance(Duration::from_millis(10));
+            }
+        }
+    });
+    (clock, tokio_util::task::AbortOnDropHandle::new(ticker))
+}
+
+/// A record with this number for payload.
+fn numbered(number: u64, key: Option<&str>) -> Write {
+    let record = Record {
+        id: RecordId::from_bytes([0; 16]),
+        key: key.map(Into::into),
+        ..crate::testing::record(&format!(r#"{{"n":{number}}}"#))
+    };
+    Write { record, due_at: None, idempotency: None }
+}
+
+impl Bench {
+    /// A running branch of a stdout sink with these settings, its target taking everything.
+    async fn new(settings: &str) -> Self {
+        let (clock, ticker) = ticking();
+        let log = Memory::new(1, clock.clone());
+        let plan = Arc::new(plan(settings, &clock));
+        let revisions = Arc::new(Revisions::new(Arc::clone(&log) as Arc<dyn Log>));
+        let epoch = log.put_epoch(plan.files.clone()).await.unwrap();
+        revisions.publish(epoch.number, Arc::clone(&plan));
+        let target = Target::new();
         let handle = start(&log, &revisions, &target, &clock, &plan);
-        let ticker = tokio_util::task::AbortOnDropHandle::new(ticker);
         Self { log, revisions, target, plan, clock, handle, _ticker: ticker }
     }
 
@@ -193,12 +216,7 @@ impl Bench {
     }
 
     async fn write(&self, number: u64, key: Option<&str>) -> RecordId {
-        let record = Record {
-            id: RecordId::from_bytes([0; 16]),
-            key: key.map(Into::into),
-            ..crate::testing::record(&format!(r#"{{"n":{number}}}"#))
-        };
-        match self.log.admit(vec![Write { record, due_at: None, idempotency: None }]).await.unwrap().remove(0) {
+        match self.log.admit(vec![numbered(number, key)]).await.unwrap().remove(0) {
             crate::source::Admitted::Appended { id, .. } => id,
             other => panic!("{other:?}"),
         }
@@ -272,6 +290,18 @@ fn start(
     clock: &Clock,
     plan: &Plan,
 ) -> BranchHandle {
+    start_branch(log, revisions, target, clock, plan, 0, &Arc::default())
+}
+
+fn start_branch(
+    log: &Arc<Memory>,
+    revisions: &Arc<Revisions>,
+    target: &Arc<Target>,
+    clock: &Clock,
+    plan: &Plan,
+    number: usize,
+    shared: &Arc<Shared>,
+) -> BranchHandle {
     let target = Arc::clone(target);
     let open_sink: OpenSink = Arc::new(move |kind, _| {
         let target = Arc::clone(&target);
@@ -282,11 +312,12 @@ fn start(
         log: Arc::clone(log) as Arc<dyn Log>,
         shelf: Arc::clone(log) as Arc<dyn Shelf>,
         revisions: Arc::clone(revisions),
+        shared: Arc::clone(shared),
         open_sink,
         clock: clock.clone(),
         start: Start::Earliest,
     };
-    BranchHandle::start(deps, Arc::clone(&plan.branches[0]))
+    BranchHandle::start(deps, Arc::clone(&plan.branches[number]))
 }
 
 /// Few and short retries, so that a test sees them spent.
