@@ -81,11 +81,11 @@ impl EmbeddedNamespace {
             branches.get(&name).map_or(Position(0), |branch| branch.wanted.max(branch.durable))
         };
         let (number, branch) = (self.space.number, name.clone());
-        let (stored, lanes) = self
-            .ask(move |reader| {
-                Ok((reader.branch(number, &branch, cursor)?, reader.aside_lanes(number, &branch, None)?))
-            })
-            .await?;
+        let found = move |reader: &StateReader| {
+            Ok((reader.branch(number, &branch, cursor)?, reader.aside_lanes(number, &branch, None)?))
+        };
+        // Of a branch that is new the store has nothing, so it does not wait for the views (LOG.md 23).
+        let (stored, lanes) = if known { self.ask(found).await? } else { Default::default() };
         // With nothing under way a stop says nothing about any record.
         let idle = cursor >= self.space.end();
         let subscription = Reader::new(Arc::clone(&self.shared), Arc::clone(&self.space), name, cursor);
