@@ -6,6 +6,7 @@ mod power;
 mod repair;
 mod rows;
 mod verbs;
+mod views;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
 //! A disk that does what disks do: it forgets what was not synced, fails at a chosen call, runs full, and lies after a
-//! failed sync.
+//! failed sync. A call can also be held back for as long as a test likes.
 //!
 //! Files live in memory, on two planes: what a process sees, and what would survive a power cut. `state.db` lies in a real
 //! folder; of it the double keeps what SQLite has reported as synced.
@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::source::embedded::disk::{Access, Disk, DiskFile, RealDisk};
 
@@ -42,11 +42,27 @@ struct World {
     synced_state: Option<BTreeMap<String, Vec<u8>>>,
 }
 
+/// A call that can be held back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Call {
+    Write,
+    Sync,
+}
+
+/// Where calls wait that a test holds back.
+#[derive(Default)]
+struct Gate {
+    /// This call on files with this ending, and how many wait.
+    closed: Mutex<Option<(Call, &'static str, usize)>>,
+    open: Condvar,
+}
+
 /// The disk; clones are the same one.
 #[derive(Clone)]
 pub(super) struct Double {
     root: PathBuf,
     world: Arc<Mutex<World>>,
+    gate: Arc<Gate>,
 }
 
 struct File {
@@ -71,7 +87,42 @@ impl World {
 impl Double {
     pub(super) fn new(root: &Path) -> Self {
         let world = World { room: u64::MAX, ..World::default() };
-        Self { root: root.to_owned(), world: Arc::new(Mutex::new(world)) }
+        Self::of(root, world)
+    }
+
+    fn of(root: &Path, world: World) -> Self {
+        Self { root: root.to_owned(), world: Arc::new(Mutex::new(world)), gate: Arc::default() }
+    }
+
+    /// Holds back every such call on a file whose name ends so, until [`Double::let_go`].
+    pub(super) fn hold(&self, call: Call, ending: &'static str) {
+        *self.gate.closed.lock() = Some((call, ending, 0));
+    }
+
+    /// Whether a call waits at the gate now.
+    pub(super) fn holds_one(&self) -> bool {
+        self.gate.closed.lock().is_some_and(|(.., waiting)| waiting > 0)
+    }
+
+    /// Lets go what is held back.
+    pub(super) fn let_go(&self) {
+        *self.gate.closed.lock() = None;
+        self.gate.open.notify_all();
+    }
+
+    /// Waits while this call on this file is held back.
+    fn pass(&self, call: Call, number: u64) {
+        let mut closed = self.gate.closed.lock();
+        let mut counted = false;
+        while let Some((held, ending, waiting)) = closed.as_mut() {
+            // Looked up each time: a file keeps its handle when it is given another name.
+            let is_meant = |path: &Path| path.to_string_lossy().ends_with(*ending);
+            if *held != call || !self.world.lock().live.iter().any(|(path, of)| *of == number && is_meant(path)) {
+                return;
+            }
+            *waiting += usize::from(!std::mem::replace(&mut counted, true));
+            self.gate.open.wait(&mut closed);
+        }
     }
 
     /// The `n`-th changing call from now on fails.
@@ -120,13 +171,44 @@ impl Double {
             std::fs::write(root.join(name), bytes).unwrap();
         }
         left.synced_state = world.synced_state.clone();
-        Self { root: root.to_owned(), world: Arc::new(Mutex::new(left)) }
+        Self::of(root, left)
+    }
+
+    /// A power cut that takes all that was not synced, and of `state.db` nothing: its pages had just been written back.
+    pub(super) fn power_cut_after_state(&self, root: &Path) -> Self {
+        let world = self.world.lock();
+        let mut left = World { room: u64::MAX, next: world.next, ..World::default() };
+        for (path, number) in &world.durable {
+            let durable = world.files[number].durable.clone();
+            left.files.insert(*number, Bytes { live: durable.clone(), durable, dirty: BTreeSet::new() });
+            left.live.insert(path.clone(), *number);
+        }
+        left.durable = left.live.clone();
+        let state = state_files(&self.root.join("state.db"));
+        for (name, bytes) in &state {
+            std::fs::write(root.join(name), bytes).unwrap();
+        }
+        left.synced_state = Some(state);
+        Self::of(root, left)
     }
 }
 
 /// SQLite's files are real.
 fn is_state(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("state.db"))
+}
+
+/// The bytes of `state.db` as the process sees them.
+fn state_files(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut copy = BTreeMap::new();
+    for suffix in ["", "-wal"] {
+        let mut file = path.as_os_str().to_owned();
+        file.push(suffix);
+        if let Ok(bytes) = std::fs::read(&file) {
+            copy.insert(format!("state.db{suffix}"), bytes);
+        }
+    }
+    copy
 }
 
 fn resized(bytes: &[u8], len: usize) -> Vec<u8> {
@@ -137,6 +219,7 @@ fn resized(bytes: &[u8], len: usize) -> Vec<u8> {
 
 impl DiskFile for File {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.double.pass(Call::Write, self.number);
         let mut world = self.double.world.lock();
         let fails = world.fails();
         let start = usize::try_from(offset).unwrap();
@@ -178,6 +261,7 @@ impl DiskFile for File {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.double.pass(Call::Sync, self.number);
         let mut world = self.double.world.lock();
         let fails = world.fails();
         let file = world.files.get_mut(&self.number).unwrap();
@@ -308,15 +392,7 @@ impl Disk for Double {
     }
 
     fn database_synced(&self, path: &Path) {
-        let mut copy = BTreeMap::new();
-        for suffix in ["", "-wal"] {
-            let mut file = path.as_os_str().to_owned();
-            file.push(suffix);
-            if let Ok(bytes) = std::fs::read(&file) {
-                copy.insert(format!("state.db{suffix}"), bytes);
-            }
-        }
-        self.world.lock().synced_state = Some(copy);
+        self.world.lock().synced_state = Some(state_files(path));
     }
 }
 
