@@ -25,10 +25,13 @@ struct Bytes {
     dirty: BTreeSet<usize>,
 }
 
+/// Which file a name stands for.
+type Names = BTreeMap<PathBuf, u64>;
+
 #[derive(Default)]
 struct World {
-    live: BTreeMap<PathBuf, u64>,
-    durable: BTreeMap<PathBuf, u64>,
+    live: Names,
+    durable: Names,
     files: BTreeMap<u64, Bytes>,
     next: u64,
     /// Calls that change something, so far.
@@ -177,10 +180,20 @@ impl Double {
     /// A power cut that takes all that was not synced, and of `state.db` nothing: its pages had just been written back.
     pub(super) fn power_cut_after_state(&self, root: &Path) -> Self {
         let world = self.world.lock();
+        self.left(&world.durable, &world, |file| &file.durable, root)
+    }
+
+    /// What the next process finds after a kill: everything that was written, synced or not.
+    pub(super) fn kill(&self, root: &Path) -> Self {
+        let world = self.world.lock();
+        self.left(&world.live, &world, |file| &file.live, root)
+    }
+
+    fn left(&self, names: &Names, world: &World, bytes: impl Fn(&Bytes) -> &Vec<u8>, root: &Path) -> Self {
         let mut left = World { room: u64::MAX, next: world.next, ..World::default() };
-        for (path, number) in &world.durable {
-            let durable = world.files[number].durable.clone();
-            left.files.insert(*number, Bytes { live: durable.clone(), durable, dirty: BTreeSet::new() });
+        for (path, number) in names {
+            let bytes = bytes(&world.files[number]).clone();
+            left.files.insert(*number, Bytes { live: bytes.clone(), durable: bytes, dirty: BTreeSet::new() });
             left.live.insert(path.clone(), *number);
         }
         left.durable = left.live.clone();
@@ -190,6 +203,35 @@ impl Double {
         }
         left.synced_state = Some(state);
         Self::of(root, left)
+    }
+
+    /// The same files once more over the same `state.db`, which neither of the two may then change.
+    pub(super) fn again(&self) -> Self {
+        let world = self.world.lock();
+        let copy = World {
+            live: world.live.clone(),
+            durable: world.durable.clone(),
+            files: world.files.clone(),
+            next: world.next,
+            room: u64::MAX,
+            ..World::default()
+        };
+        Self::of(&self.root, copy)
+    }
+
+    /// Every file that is there, with its bytes, by its name in the folder.
+    pub(super) fn contents(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let world = self.world.lock();
+        world.live.iter().map(|(path, number)| (path.clone(), world.files[number].live.clone())).collect()
+    }
+
+    /// Changes a file's bytes behind everybody's back.
+    pub(super) fn damage(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut world = self.world.lock();
+        let number = world.live[path];
+        let file = world.files.get_mut(&number).unwrap();
+        change(&mut file.live);
+        file.durable.clone_from(&file.live);
     }
 }
 

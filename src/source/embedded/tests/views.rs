@@ -11,9 +11,6 @@ use crate::source::embedded::frame::read_frame;
 use crate::source::embedded::journal::{DATA_START, FileHeader};
 use crate::source::{Fate, Found, Settlement};
 
-/// Longest wait for anything; a wait that needs it has failed.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 fn on(double: &Double, folder: &Path, clock: &Clock) -> Options {
     // A checkpoint at a start and an orderly stop, and none between.
     let base = options(folder, clock);
