@@ -10,7 +10,7 @@ use super::double::Double;
 use super::*;
 use crate::record::Record;
 use crate::source::Settlement;
-use crate::source::embedded::change::{Change, Frame};
+use crate::source::embedded::change::Frame;
 use crate::source::embedded::frame::{HEADER_BYTES, Header};
 use crate::source::embedded::journal::{DATA_START, FileHeader};
 use crate::source::embedded::reader::from_segments_at;
