@@ -3,9 +3,11 @@
 mod crash;
 mod double;
 mod power;
+mod recovery;
 mod repair;
 mod rot;
 mod rows;
+mod small;
 mod verbs;
 mod views;
 

@@ -39,10 +39,29 @@ struct World {
     /// This call fails.
     fail_at: Option<u64>,
     failed: bool,
+    /// With it everything after it fails too: the process is gone.
+    crashes: bool,
+    /// Of a write that fails so much is there.
+    short: Short,
+    /// Reads so far, and the one that fails.
+    reads: u64,
+    fail_read_at: Option<u64>,
+    /// Every read is cut short, and every other one is interrupted first.
+    choppy: bool,
     /// Bytes that files may still grow by.
     room: u64,
     locks: BTreeSet<PathBuf>,
     synced_state: Option<BTreeMap<String, Vec<u8>>>,
+}
+
+/// How much of a write has reached the file when it fails.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) enum Short {
+    Nothing,
+    #[default]
+    Half,
+    AllButOneByte,
+    Everything,
 }
 
 /// A call that can be held back.
@@ -81,7 +100,15 @@ impl World {
     /// Counts a changing call; true when it is the one to fail.
     fn fails(&mut self) -> bool {
         self.calls += 1;
-        let fails = self.fail_at == Some(self.calls);
+        let fails = self.fail_at == Some(self.calls) || (self.crashes && self.failed);
+        self.failed |= fails;
+        fails
+    }
+
+    /// Counts a read; true when it is the one to fail.
+    fn read_fails(&mut self) -> bool {
+        self.reads += 1;
+        let fails = self.fail_read_at == Some(self.reads) || (self.crashes && self.failed);
         self.failed |= fails;
         fails
     }
@@ -133,6 +160,29 @@ impl Double {
         let mut world = self.world.lock();
         world.fail_at = Some(world.calls + n);
         world.failed = false;
+    }
+
+    /// The `n`-th changing call from now on fails, and so does everything after it.
+    pub(super) fn crash_after(&self, n: u64) {
+        self.fail_after(n);
+        self.world.lock().crashes = true;
+    }
+
+    /// Of a write that fails so much reaches the file.
+    pub(super) fn set_short(&self, short: Short) {
+        self.world.lock().short = short;
+    }
+
+    /// The `n`-th read from now on fails.
+    pub(super) fn fail_read_after(&self, n: u64) {
+        let mut world = self.world.lock();
+        world.fail_read_at = Some(world.reads + n);
+        world.failed = false;
+    }
+
+    /// From now on reads give a few bytes at a time, and are interrupted in between.
+    pub(super) fn make_choppy(&self) {
+        self.world.lock().choppy = true;
     }
 
     /// Whether the call that should fail has come.
@@ -214,6 +264,7 @@ impl Double {
             files: world.files.clone(),
             next: world.next,
             room: u64::MAX,
+            synced_state: world.synced_state.clone(),
             ..World::default()
         };
         Self::of(&self.root, copy)
@@ -268,8 +319,12 @@ impl DiskFile for File {
         let len = world.files[&self.number].live.len();
         let mut take = bytes.len();
         if fails {
-            // Short: half of it is there.
-            take /= 2;
+            take = match world.short {
+                Short::Nothing => 0,
+                Short::Half => take / 2,
+                Short::AllButOneByte => take.saturating_sub(1),
+                Short::Everything => take,
+            };
         }
         let growth = ((start + take).saturating_sub(len)) as u64;
         let full = growth > world.room;
@@ -294,10 +349,17 @@ impl DiskFile for File {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let world = self.double.world.lock();
+        let mut world = self.double.world.lock();
+        if world.read_fails() {
+            return Err(broken());
+        }
+        if world.choppy && world.reads % 2 == 1 {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let most = if world.choppy { 1_001 } else { usize::MAX };
         let live = &world.files[&self.number].live;
         let start = usize::try_from(offset).unwrap().min(live.len());
-        let end = (start + buffer.len()).min(live.len());
+        let end = (start + buffer.len().min(most)).min(live.len());
         buffer[..end - start].copy_from_slice(&live[start..end]);
         Ok(end - start)
     }
