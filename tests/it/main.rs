@@ -12,6 +12,7 @@
 #![expect(unreachable_pub, reason = "the files share what the harness offers")]
 
 mod crash;
+mod epochs;
 mod harness;
 mod hostile;
 mod http;
