@@ -66,10 +66,11 @@ impl Logs {
 
     /// The pair of a namespace; `plan` gives its bounds, the usual ones hold where there is none.
     pub(super) fn namespace(&self, name: &Namespace, plan: Option<&Plan>) -> Result<Opened, LogError> {
-        if plan.is_some_and(|plan| plan.source.kind == SourceKind::Memory) {
+        if let Some(plan) = plan.filter(|plan| plan.source.kind == SourceKind::Memory) {
             let mut memory = self.memory.lock();
             let number = u32::try_from(memory.len() + 1).unwrap_or(u32::MAX);
             let pair = memory.entry(name.clone()).or_insert_with(|| Memory::new(number, self.clock.clone()));
+            pair.remember_keys_for(plan.source.idempotency.window.0);
             return Ok(Opened { log: Arc::clone(pair) as Arc<dyn Log>, shelf: Arc::clone(pair) as Arc<dyn Shelf> });
         }
         let pair = self.embedded.namespace(name, plan.map(settings).unwrap_or_default())?;
@@ -105,6 +106,7 @@ impl Logs {
 
     /// Makes everything durable and lets the folder go.
     pub(super) async fn close(&self) {
+        self.memory.lock().values().for_each(|memory| memory.close());
         self.embedded.close().await;
     }
 }

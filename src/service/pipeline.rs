@@ -178,8 +178,11 @@ impl Pipeline {
 
     async fn open(&self, plan: Arc<BranchPlan>, start: Start) -> Result<(), LogError> {
         let name = plan.name.clone();
-        // Before anything is written: what comes from here on is this branch's too.
-        drop(self.log.open_branch(&name, start).await?);
+        // Before anything is written: what comes from here on is this branch's too. The log knows one that ran before; to
+        // open it here would keep writes waiting for the log's views after a crash (LOG.md 23).
+        if !self.log.branches().contains(&name) {
+            drop(self.log.open_branch(&name, start).await?);
+        }
         let deps = BranchDeps {
             namespace: self.namespace.clone(),
             log: Arc::clone(&self.log),

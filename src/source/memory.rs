@@ -6,11 +6,12 @@ mod store;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::{BoxFuture, ready};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
 
 use super::{
@@ -22,9 +23,13 @@ use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
 use store::Store;
 
+/// Why a closed log refuses.
+const CLOSED: &str = "the log is closing";
+
 /// One namespace's log in memory.
 pub struct Memory {
     store: Mutex<Store>,
+    closed: watch::Sender<bool>,
     clock: Clock,
     end: watch::Sender<Position>,
     /// Something was parked or moved: the releaser looks again.
@@ -40,6 +45,7 @@ impl Memory {
     pub fn new(number: u32, clock: Clock) -> Arc<Self> {
         Arc::new_cyclic(|this| Self {
             store: Mutex::new(Store::new(number)),
+            closed: watch::Sender::new(false),
             clock,
             end: watch::Sender::new(Position(0)),
             parked: Notify::new(),
@@ -47,6 +53,33 @@ impl Memory {
             releaser: Mutex::default(),
             this: Weak::clone(this),
         })
+    }
+
+    /// Idempotency keys are remembered so long; a day unless this is called.
+    pub fn remember_keys_for(&self, window: Duration) {
+        self.store.lock().key_window = window;
+    }
+
+    /// Takes and gives nothing more: every verb answers that it is closed, and every reader hears it.
+    pub fn close(&self) {
+        self.closed.send_replace(true);
+    }
+
+    /// As a restart of the process would find it, if it outlived one.
+    #[cfg(test)]
+    pub(super) fn reopen_for_tests(&self) {
+        self.closed.send_replace(false);
+    }
+
+    /// What is held, unless it is closed.
+    fn open_store(&self) -> Result<MutexGuard<'_, Store>, LogError> {
+        let store = self.store.lock();
+        if *self.closed.borrow() { Err(LogError::Closed(CLOSED.into())) } else { Ok(store) }
+    }
+
+    /// Answers by what is held, unless it is closed.
+    fn answer<T: Send + 'static>(&self, verb: impl FnOnce(&mut Store) -> T) -> BoxFuture<'static, Result<T, LogError>> {
+        ready(self.open_store().map(|mut store| verb(&mut store))).boxed()
     }
 
     /// Starts the task that releases parked records, once there is one.
@@ -81,7 +114,10 @@ async fn release(memory: Weak<Memory>) {
         let next = strong.store.lock().next_due();
         match next {
             Some(due) if due <= strong.clock.now() => {
-                let end = strong.store.lock().release(strong.clock.now());
+                let Ok(end) = strong.open_store().map(|mut store| store.release(strong.clock.now())) else {
+                    strong.parked.notified().await;
+                    continue;
+                };
                 strong.publish(end);
             }
             Some(due) => {
@@ -100,14 +136,18 @@ struct Reader {
     memory: Arc<Memory>,
     after: Position,
     end: watch::Receiver<Position>,
+    closed: watch::Receiver<bool>,
 }
 
 impl Subscription for Reader {
     fn next(&mut self, max_records: usize, max_bytes: usize) -> BoxFuture<'_, Result<Vec<Entry>, LogError>> {
         async move {
             let after = self.after;
-            let _ = self.end.wait_for(|end| *end > after).await;
-            let entries = self.memory.store.lock().read(self.after, max_records, max_bytes);
+            tokio::select! {
+                _ = self.end.wait_for(|end| *end > after) => {}
+                _ = self.closed.wait_for(|closed| *closed) => {}
+            }
+            let entries = self.memory.open_store()?.read(self.after, max_records, max_bytes);
             if let Some(last) = entries.last() {
                 self.after = last.position;
             }
@@ -131,7 +171,8 @@ impl Log for Memory {
     }
 
     fn admit(&self, writes: Vec<Write>) -> BoxFuture<'static, Result<Vec<Admitted>, AdmitError>> {
-        let (admitted, end) = self.store.lock().admit(writes, self.clock.now());
+        let done = self.open_store().map(|mut store| store.admit(writes, self.clock.now()));
+        let Ok((admitted, end)) = done else { return ready(Err(AdmitError::Closed { reason: CLOSED.into() })).boxed() };
         self.publish(end);
         if admitted.iter().any(|one| matches!(one, Admitted::Parked { .. })) {
             self.wake_releaser();
@@ -147,7 +188,10 @@ impl Log for Memory {
         let Some(memory) = self.this.upgrade() else {
             return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
         };
-        let mut store = self.store.lock();
+        let mut store = match self.open_store() {
+            Ok(store) => store,
+            Err(closed) => return ready(Err(closed)).boxed(),
+        };
         let cursor = store.open(branch, start);
         let found = store.branch(branch);
         let open = BranchStart {
@@ -157,19 +201,22 @@ impl Log for Memory {
             pause: found.pause.clone(),
             unclean_stops: 0,
             marks: found.marks.iter().map(|(position, marks)| (*position, *marks)).collect(),
-            subscription: Box::new(Reader { memory, after: cursor, end: self.end.subscribe() }),
+            subscription: Box::new(Reader {
+                memory,
+                after: cursor,
+                end: self.end.subscribe(),
+                closed: self.closed.subscribe(),
+            }),
         };
         ready(Ok(open)).boxed()
     }
 
     fn forget_branch(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {
-        self.store.lock().branches.remove(branch);
-        ready(Ok(())).boxed()
+        self.answer(|store| _ = store.branches.remove(branch))
     }
 
     fn rename_branch(&self, from: &BranchName, to: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {
-        self.store.lock().rename(from, to);
-        ready(Ok(())).boxed()
+        self.answer(|store| store.rename(from, to))
     }
 
     fn branches(&self) -> Vec<BranchName> {
@@ -185,11 +232,11 @@ impl Log for Memory {
     }
 
     fn find(&self, id: RecordId) -> BoxFuture<'static, Result<Option<Found>, LogError>> {
-        ready(Ok(self.store.lock().find(id))).boxed()
+        self.answer(|store| store.find(id))
     }
 
     fn put_epoch(&self, files: Bytes) -> BoxFuture<'static, Result<Epoch, LogError>> {
-        ready(Ok(self.store.lock().put_epoch(files))).boxed()
+        self.answer(|store| store.put_epoch(files))
     }
 
     fn epochs(&self) -> Vec<Epoch> {
@@ -199,8 +246,7 @@ impl Log for Memory {
 
 impl Shelf for Memory {
     fn settle(&self, branch: &BranchName, settlement: Settlement) -> BoxFuture<'static, Result<(), LogError>> {
-        self.store.lock().settle(branch, settlement);
-        ready(Ok(())).boxed()
+        self.answer(|store| store.settle(branch, settlement))
     }
 
     fn aside_rows(
@@ -209,9 +255,9 @@ impl Shelf for Memory {
         lane: &str,
         limit: usize,
     ) -> BoxFuture<'static, Result<Vec<AsideRow>, LogError>> {
-        let mut store = self.store.lock();
-        let rows = store.branch(branch).aside.values().filter(|row| *row.lane == *lane).take(limit).cloned().collect();
-        ready(Ok(rows)).boxed()
+        self.answer(|store| {
+            store.branch(branch).aside.values().filter(|row| *row.lane == *lane).take(limit).cloned().collect()
+        })
     }
 
     fn replayed_lanes(&self, branch: &BranchName) -> BoxFuture<'static, Vec<AsideLane>> {
@@ -233,31 +279,31 @@ impl Shelf for Memory {
     }
 
     fn parked(&self, query: ParkedQuery) -> BoxFuture<'static, Result<Page<ParkedRow>, LogError>> {
-        ready(Ok(self.store.lock().parked_page(&query))).boxed()
+        self.answer(|store| store.parked_page(&query))
     }
 
     fn cancel(&self, which: Scheduled) -> BoxFuture<'static, Result<u64, LogError>> {
-        ready(Ok(self.store.lock().cancel(&which))).boxed()
+        self.answer(|store| store.cancel(&which))
     }
 
     fn reschedule(&self, which: Scheduled, due_at: Timestamp) -> BoxFuture<'static, Result<u64, LogError>> {
-        let moved = self.store.lock().reschedule(&which, due_at);
+        let moved = self.answer(|store| store.reschedule(&which, due_at));
         self.wake_releaser();
-        ready(Ok(moved)).boxed()
+        moved
     }
 
     fn dead_letters(&self, query: DeadQuery) -> BoxFuture<'static, Result<Page<DeadLetter>, LogError>> {
-        ready(Ok(self.store.lock().dead_page(&query))).boxed()
+        self.answer(|store| store.dead_page(&query))
     }
 
     fn replay(&self, query: DeadQuery, force: bool) -> BoxFuture<'static, Result<Replayed, LogError>> {
-        let replayed = self.store.lock().replay(&query, force, self.clock.now());
+        let replayed = self.answer(|store| store.replay(&query, force, self.clock.now()));
         self.replayed.notify_waiters();
-        ready(Ok(replayed)).boxed()
+        replayed
     }
 
     fn purge(&self, query: DeadQuery) -> BoxFuture<'static, Result<u64, LogError>> {
-        ready(Ok(self.store.lock().purge(&query))).boxed()
+        self.answer(|store| store.purge(&query))
     }
 
     fn counts(&self) -> ShelfCounts {

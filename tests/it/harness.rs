@@ -55,6 +55,12 @@ impl Place {
         self
     }
 
+    /// Without this variable from now on.
+    pub fn without(mut self, name: &str) -> Self {
+        self.environment.remove(name);
+        self
+    }
+
     /// Writes a file under `pipelines/`, whole or not at all, as an editor does.
     pub fn put(&self, name: &str, text: &str) {
         let path = self.path("pipelines").join(name);

@@ -13,6 +13,7 @@
 
 mod command;
 mod crash;
+mod epochs;
 mod harness;
 mod hop;
 mod hostile;

@@ -17,7 +17,7 @@ fn routed(left: &str, right: &str, when: &str) -> String {
 }
 
 /// Asks for the files to be read again and waits until that has happened `times` times in all.
-async fn reload(running: &Running, times: usize) {
+pub(crate) async fn reload(running: &Running, times: usize) {
     running.signal(Signal::HUP);
     let count = || running.log().matches("read the pipeline files again").count();
     until("the reload", || (count() >= times).then_some(())).await;

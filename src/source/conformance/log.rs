@@ -1,12 +1,17 @@
 //! What a [`Log`] must do.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Kind, append, branch, id_of, keyed, payloads, read, settle_to, write};
+use super::{
+    KEPT_FOR, KEY_WINDOW, Kind, append, branch, closed, id_of, in_time, keyed, payloads, read, settle_to, write,
+};
 use crate::record::{Position, RecordId};
-use crate::source::{Admitted, BranchName, Fate, Found, Scheduled, Settlement, Start, Write};
+use crate::source::{
+    AdmitError, Admitted, BranchName, Fate, Found, Log, LogError, Scheduled, Settlement, Start, Write,
+};
 
 pub(super) async fn records_come_in_the_order_of_the_log_each_once<K: Kind>(kind: K) {
     let log = kind.log();
@@ -240,4 +245,143 @@ pub(super) async fn a_branch_goes_on_under_another_name_and_is_forgotten_whole<K
     log.forget_branch(&to).await.unwrap();
     assert!(log.branches().is_empty());
     assert_eq!(log.open_branch(&to, Start::Latest).await.unwrap().cursor, Position(2), "it is a new one");
+}
+
+pub(super) async fn an_idempotency_key_is_exact_within_its_window_and_free_after_it<K: Kind>(kind: K) {
+    let log = kind.log();
+    let first = id_of(&log.admit(vec![keyed("once", 1, "0")]).await.unwrap()[0]);
+    let started = kind.clock().now();
+    // To its last millisecond it stands for the first, in the run and after a restart.
+    kind.clock().set(started.saturating_add(KEY_WINDOW));
+    assert_eq!(id_of(&log.admit(vec![keyed("once", 1, "0")]).await.unwrap()[0]), first);
+    assert_eq!(log.admit(vec![keyed("once", 2, "1")]).await.unwrap(), [Admitted::KeyReused]);
+    drop(log);
+    let kind = kind.reopen().await;
+    let log = kind.log();
+    kind.tidy().await;
+    assert_eq!(id_of(&log.admit(vec![keyed("once", 1, "0")]).await.unwrap()[0]), first);
+    assert_eq!(log.end(), Position(1));
+    kind.clock().advance(Duration::from_millis(1));
+    // Whatever it is used for then, it is a new record, and the window is that one's.
+    let second = log.admit(vec![keyed("once", 2, "1")]).await.unwrap();
+    assert!(matches!(second[0], Admitted::Appended { .. }), "{second:?}");
+    assert_eq!(log.admit(vec![keyed("once", 1, "0")]).await.unwrap(), [Admitted::KeyReused]);
+    kind.clock().advance(KEY_WINDOW);
+    kind.tidy().await;
+    drop(log);
+    let kind = kind.reopen().await;
+    let log = kind.log();
+    assert_eq!(id_of(&log.admit(vec![keyed("once", 2, "1")]).await.unwrap()[0]), id_of(&second[0]));
+    kind.clock().advance(Duration::from_millis(1));
+    let third = log.admit(vec![keyed("once", 2, "1")]).await.unwrap();
+    assert!(matches!(third[0], Admitted::Appended { .. }), "{third:?}");
+    assert_eq!(log.end(), Position(3));
+}
+
+/// Appends the numbers one by one.
+async fn append_numbers(log: &Arc<dyn Log>, numbers: std::ops::RangeInclusive<u64>) {
+    for number in numbers {
+        append(log, &[&format!("\"{number:0>100}\"")]).await;
+    }
+}
+
+/// Where a new branch that asks for everything begins; from there to `end` every record must be there.
+async fn first_kept(log: &Arc<dyn Log>, end: u64) -> u64 {
+    let new = BranchName::new("new", None);
+    let mut start = log.open_branch(&new, Start::Earliest).await.unwrap();
+    let first = start.cursor.0;
+    let found = read(&mut *start.subscription, usize::try_from(end - first).unwrap()).await;
+    let positions: Vec<u64> = found.iter().map(|entry| entry.position.0).collect();
+    assert_eq!(positions, (first + 1..=end).collect::<Vec<_>>());
+    let numbers: Vec<Bytes> = (first + 1..=end).map(|number| format!("\"{number:0>100}\"").into()).collect();
+    assert_eq!(payloads(&found), numbers);
+    log.forget_branch(&new).await.unwrap();
+    first
+}
+
+pub(super) async fn what_is_finished_goes_by_size_and_what_is_not_stays<K: Kind>(kind: K) {
+    let log = kind.log();
+    log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    append_numbers(&log, 1..=200).await;
+    kind.tidy().await;
+    assert_eq!(first_kept(&log, 200).await, 0, "nothing is finished");
+    settle_to(&kind.shelf(), 100).await;
+    kind.tidy().await;
+    let first = first_kept(&log, 200).await;
+    assert!((1..=100).contains(&first), "of what is finished as much goes as is over the size: {first}");
+    settle_to(&kind.shelf(), 200).await;
+    kind.tidy().await;
+    assert!(first_kept(&log, 200).await > 100, "all is finished, and still more than the size is kept");
+    drop(log);
+    let kind = kind.reopen().await;
+    let log = kind.log();
+    append_numbers(&log, 201..=201).await;
+    assert_eq!(log.end(), Position(201), "positions go on");
+    assert!(first_kept(&log, 201).await > 100, "what was forgotten does not come back");
+    assert_eq!(log.lag(&branch()).records, 1);
+}
+
+pub(super) async fn what_is_finished_goes_by_age_and_what_is_not_stays<K: Kind>(kind: K) {
+    let log = kind.log();
+    log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    append_numbers(&log, 1..=30).await;
+    kind.clock().advance(KEPT_FOR);
+    append_numbers(&log, 31..=60).await;
+    settle_to(&kind.shelf(), 5).await;
+    kind.clock().advance(Duration::from_secs(1));
+    kind.tidy().await;
+    assert!(first_kept(&log, 60).await <= 5, "what is old and not finished stays");
+    settle_to(&kind.shelf(), 40).await;
+    kind.tidy().await;
+    let first = first_kept(&log, 60).await;
+    assert!((6..=40).contains(&first), "what is old and finished goes, the rest stays: {first}");
+}
+
+pub(super) async fn a_closed_log_says_so_and_answers_whoever_waits<K: Kind>(kind: K) {
+    let log = kind.log();
+    let other = BranchName::new("other", None);
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    append(&log, &["0"]).await;
+    let id = read(&mut *start.subscription, 1).await[0].record.id;
+    let mut behind = log.open_branch(&other, Start::Latest).await.unwrap();
+    let reader = tokio::spawn(async move { behind.subscription.next(100, usize::MAX).await });
+    // Some of these are early enough and some are not; each hears which.
+    let racing: Vec<_> = (0..200)
+        .map(|number: u32| {
+            let log = kind.log();
+            tokio::spawn(async move { log.admit(vec![keyed(&number.to_string(), 1, "1")]).await })
+        })
+        .collect();
+    kind.close().await;
+    let mut accepted = 1;
+    for admit in racing {
+        match in_time("an admit that raced", admit).await.unwrap() {
+            Ok(_) => accepted += 1,
+            Err(AdmitError::Closed { .. } | AdmitError::Unknown { .. }) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+    // It was given records that came before the end, or heard of the end.
+    let heard = in_time("a reader", reader).await.unwrap();
+    assert!(matches!(heard, Ok(_) | Err(LogError::Closed(_))), "{heard:?}");
+    let admitted = in_time("admit", log.admit(vec![write(None, "2")])).await;
+    assert!(matches!(admitted, Err(AdmitError::Closed { .. })), "{admitted:?}");
+    let next = in_time("next", async {
+        while start.subscription.next(100, usize::MAX).await?.len() > 0 {}
+        Ok::<_, LogError>(())
+    });
+    closed("next", next.await);
+    closed("open_branch", in_time("open_branch", log.open_branch(&branch(), Start::Earliest)).await);
+    let new = BranchName::new("new", None);
+    closed("open_branch", in_time("open_branch", log.open_branch(&new, Start::Earliest)).await);
+    closed("forget_branch", in_time("forget_branch", log.forget_branch(&other)).await);
+    closed("rename_branch", in_time("rename_branch", log.rename_branch(&other, &new)).await);
+    closed("find", in_time("find", log.find(id)).await);
+    closed("put_epoch", in_time("put_epoch", log.put_epoch(Bytes::from_static(b"files"))).await);
+    in_time("a second close", kind.close()).await;
+    drop((log, start));
+    let kind = kind.reopen().await;
+    let mut start = kind.log().open_branch(&BranchName::new("all", None), Start::Earliest).await.unwrap();
+    assert!(kind.log().end().0 >= accepted, "{accepted} were accepted, {:?} is the end", kind.log().end());
+    read(&mut *start.subscription, usize::try_from(accepted).unwrap()).await;
 }

@@ -14,12 +14,20 @@ use tempfile::TempDir;
 use super::embedded::testing::record;
 use super::embedded::{Embedded, NamespaceSettings, Options};
 use super::memory::Memory;
-use super::{Admitted, BranchName, Entry, IdempotencyKey, Log, Settlement, Shelf, ShelfCounts, Subscription, Write};
+use super::{
+    Admitted, BranchName, Entry, IdempotencyKey, Log, LogError, Settlement, Shelf, ShelfCounts, Subscription, Write,
+};
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
 
 /// Longest wait for anything; a wait that needs it has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long each kind remembers idempotency keys.
+const KEY_WINDOW: Duration = Duration::from_secs(2 * 3_600);
+/// How long, and up to which size, each kind may keep what is finished.
+const KEPT_FOR: Duration = Duration::from_secs(3 * 3_600);
+const KEPT_BYTES: u64 = 8 << 10;
 
 /// A pair on its storage, with a clock of its own.
 trait Kind: Sized {
@@ -27,6 +35,12 @@ trait Kind: Sized {
 
     /// What a restart of the process does to it; everything acknowledged is still there.
     async fn reopen(self) -> Self;
+
+    /// Has it look after what may be forgotten; done when it returns.
+    async fn tidy(&self);
+
+    /// What an orderly stop does. The handles stay.
+    async fn close(&self);
 
     fn log(&self) -> Arc<dyn Log>;
 
@@ -46,13 +60,21 @@ impl OnDisk {
         let options = Options {
             journal_file_bytes: 1 << 20,
             ballast_bytes: 0,
+            // So small that segments are sealed, and can go.
+            segment_bytes: 4 << 10,
             ..Options::new(folder.path().to_owned(), clock.clone())
         };
         Self { log: Embedded::open(options).unwrap(), folder, clock }
     }
 
     fn pair(&self) -> Arc<super::embedded::EmbeddedNamespace> {
-        self.log.namespace(&"orders".parse().unwrap(), NamespaceSettings::default()).unwrap()
+        let settings = NamespaceSettings {
+            key_window: KEY_WINDOW,
+            retention_age: KEPT_FOR,
+            retention_bytes: KEPT_BYTES,
+            ..NamespaceSettings::default()
+        };
+        self.log.namespace(&"orders".parse().unwrap(), settings).unwrap()
     }
 }
 
@@ -65,6 +87,14 @@ impl Kind for OnDisk {
         self.log.close().await;
         drop(self.log);
         Self::open(self.folder, self.clock)
+    }
+
+    async fn tidy(&self) {
+        self.pair().tidy_for_tests().await;
+    }
+
+    async fn close(&self) {
+        self.log.close().await;
     }
 
     fn log(&self) -> Arc<dyn Log> {
@@ -89,11 +119,21 @@ struct InMemory {
 impl Kind for InMemory {
     async fn start() -> Self {
         let clock = clock();
-        Self { pair: Memory::new(1, clock.clone()), clock }
+        let pair = Memory::new(1, clock.clone());
+        pair.remember_keys_for(KEY_WINDOW);
+        Self { pair, clock }
     }
 
     async fn reopen(self) -> Self {
+        self.pair.reopen_for_tests();
         self
+    }
+
+    // It keeps nothing that is finished.
+    async fn tidy(&self) {}
+
+    async fn close(&self) {
+        self.pair.close();
     }
 
     fn log(&self) -> Arc<dyn Log> {
@@ -169,6 +209,20 @@ async fn settle_to(shelf: &Arc<dyn Shelf>, position: u64) {
     shelf.settle(&branch(), settlement).await.unwrap();
 }
 
+/// What comes of it, in time.
+async fn in_time<T>(what: &str, wait: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{what} hangs"))
+}
+
+/// A verb on a closed log has said so.
+fn closed<T>(verb: &str, answer: Result<T, LogError>) {
+    match answer {
+        Err(LogError::Closed(_)) => {}
+        Err(other) => panic!("{verb} answered: {other}"),
+        Ok(_) => panic!("{verb} was done"),
+    }
+}
+
 macro_rules! suite {
     ($($module:ident: $($case:ident)*;)*) => {
         suite!(embedded, OnDisk, $($module: $($case)*;)*);
@@ -202,6 +256,10 @@ suite! {
         ids_rise_with_the_log
         a_write_is_found_wherever_it_is
         epochs_are_numbered_and_kept
+        an_idempotency_key_is_exact_within_its_window_and_free_after_it
+        what_is_finished_goes_by_size_and_what_is_not_stays
+        what_is_finished_goes_by_age_and_what_is_not_stays
+        a_closed_log_says_so_and_answers_whoever_waits
         a_branch_goes_on_under_another_name_and_is_forgotten_whole;
     shelf:
         what_is_parked_comes_when_it_is_due_in_that_order_and_never_before
@@ -215,5 +273,6 @@ suite! {
         replay_sends_back_in_order_and_leaves_what_was_overtaken
         a_purged_letter_does_not_come_again
         a_pause_outlives_a_restart_until_it_is_cleared
-        marks_outlive_a_restart_until_the_frontier_has_passed;
+        marks_outlive_a_restart_until_the_frontier_has_passed
+        a_closed_shelf_says_so;
 }

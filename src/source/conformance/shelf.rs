@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Kind, append, branch, id_of, payloads, read, settle_to, until_counts, write};
+use super::{Kind, append, branch, closed, id_of, in_time, payloads, read, settle_to, until_counts, write};
 use crate::clock::Timestamp;
 use crate::record::Position;
 use crate::source::{
@@ -280,4 +280,36 @@ pub(super) async fn marks_outlive_a_restart_until_the_frontier_has_passed<K: Kin
     settle_to(&kind.shelf(), 1).await;
     let kind = kind.reopen().await;
     assert!(kind.log().open_branch(&branch(), Start::Latest).await.unwrap().marks.is_empty());
+}
+
+pub(super) async fn a_closed_shelf_says_so<K: Kind>(kind: K) {
+    let entries = three(&kind).await;
+    let (log, shelf) = (kind.log(), kind.shelf());
+    let parked = id_of(&park(&log, after(&kind, 60), Some("k"), "3").await);
+    let dead = vec![letter(&kind, &entries[0], DeadReason::Refused, false)];
+    let rows = vec![aside(&kind, &entries[1], 1)];
+    settle(&shelf, Settlement { dead, aside: rows, ..Settlement::default() }).await;
+    kind.close().await;
+    let frontier = Some(Position(1));
+    let alone = Settlement { frontier, ..Settlement::default() };
+    let more = Settlement { frontier, dropped: vec![(Position(1), "filter".into())], ..Settlement::default() };
+    closed("settle", in_time("settle", shelf.settle(&branch(), alone)).await);
+    closed("settle", in_time("settle", shelf.settle(&branch(), more)).await);
+    closed("aside_rows", in_time("aside_rows", shelf.aside_rows(&branch(), "=b", 10)).await);
+    let page = ParkedQuery { limit: 10, ..ParkedQuery::default() };
+    closed("parked", in_time("parked", shelf.parked(page)).await);
+    closed("cancel", in_time("cancel", shelf.cancel(Scheduled::Id(parked))).await);
+    let key = Scheduled::Key("k".into());
+    closed("reschedule", in_time("reschedule", shelf.reschedule(key, after(&kind, 1))).await);
+    closed("dead_letters", in_time("dead_letters", shelf.dead_letters(all())).await);
+    closed("replay", in_time("replay", shelf.replay(all(), false)).await);
+    closed("purge", in_time("purge", shelf.purge(all())).await);
+    // What fell due after the end stays where it is.
+    kind.clock().advance(Duration::from_secs(60));
+    assert_eq!(log.end(), Position(3));
+    drop((log, shelf));
+    let kind = kind.reopen().await;
+    assert_eq!(kind.shelf().dead_letters(all()).await.unwrap().rows.len(), 1, "nothing of that has happened");
+    let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
+    assert_eq!((start.cursor, start.lanes.len()), (Position(0), 1));
 }

@@ -32,7 +32,7 @@ pub fn key_hash(namespace: NamespaceNumber, key: &str) -> [u8; 16] {
 
 enum Entry {
     Running { news: Arc<Notify> },
-    Kept { fingerprint: [u8; 16], id: RecordId, written_at: Timestamp, due_at: Option<Timestamp> },
+    Kept { fingerprint: [u8; 16], id: RecordId, written_at: Timestamp, due_at: Option<Timestamp>, sequence: Sequence },
 }
 
 #[derive(Default)]
@@ -139,19 +139,19 @@ impl Keys {
         *filter = fresh;
     }
 
-    /// Takes a key for a write.
-    pub fn reserve(&self, namespace: NamespaceNumber, key: &IdempotencyKey) -> Reserve {
+    /// Takes a key for a write. What was written before `since` counts no more.
+    pub fn reserve(&self, namespace: NamespaceNumber, key: &IdempotencyKey, since: Timestamp) -> Reserve {
         let hash = key_hash(namespace, &key.key);
         let mut known = self.0.known.lock();
         match known.entries.get(&hash) {
             Some(Entry::Running { news }) => return Reserve::Running(Arc::clone(news).notified_owned()),
-            Some(Entry::Kept { fingerprint, id, written_at, due_at }) => {
+            Some(Entry::Kept { fingerprint, id, written_at, due_at, .. }) if *written_at >= since => {
                 if *fingerprint != key.fingerprint {
                     return Reserve::Reused;
                 }
                 return Reserve::Known { id: *id, written_at: *written_at, due_at: *due_at };
             }
-            None => {}
+            Some(Entry::Kept { .. }) | None => {}
         }
         known.entries.insert(hash, Entry::Running { news: Arc::default() });
         drop(known);
@@ -169,7 +169,7 @@ impl Keys {
         sequence: Sequence,
     ) {
         let hash = key_hash(namespace, &key.key);
-        let entry = Entry::Kept { fingerprint: key.fingerprint, id, written_at, due_at };
+        let entry = Entry::Kept { fingerprint: key.fingerprint, id, written_at, due_at, sequence };
         self.end(&hash, Some((sequence, entry)));
     }
 
@@ -177,7 +177,8 @@ impl Keys {
     pub fn committed(&self, applied: Sequence) {
         let mut known = self.0.known.lock();
         while let Some((_, hash)) = known.kept.pop_front_if(|(sequence, _)| *sequence <= applied) {
-            if matches!(known.entries.get(&hash), Some(Entry::Kept { .. })) {
+            // It may have been used anew since, and that the store does not show yet.
+            if matches!(known.entries.get(&hash), Some(Entry::Kept { sequence, .. }) if *sequence <= applied) {
                 known.entries.remove(&hash);
             }
         }
@@ -225,7 +226,7 @@ impl Reservation {
     /// The write is durable as the frame `sequence`: whoever repeats it gets the same answer.
     pub fn keep(mut self, id: RecordId, written_at: Timestamp, due_at: Option<Timestamp>, sequence: Sequence) {
         self.held = false;
-        let entry = Entry::Kept { fingerprint: self.fingerprint, id, written_at, due_at };
+        let entry = Entry::Kept { fingerprint: self.fingerprint, id, written_at, due_at, sequence };
         self.keys.end(&self.hash, Some((sequence, entry)));
     }
 }
@@ -249,7 +250,11 @@ mod tests {
     }
 
     fn known(keys: &Keys, text: &str, fingerprint: u8) -> &'static str {
-        match keys.reserve(NS, &key(text, fingerprint)) {
+        known_since(keys, text, fingerprint, Timestamp::MIN)
+    }
+
+    fn known_since(keys: &Keys, text: &str, fingerprint: u8, since: Timestamp) -> &'static str {
+        match keys.reserve(NS, &key(text, fingerprint), since) {
             Reserve::New(_) => "new",
             Reserve::Ask(_) => "ask",
             Reserve::Known { .. } => "known",
@@ -259,7 +264,9 @@ mod tests {
     }
 
     fn keep(keys: &Keys, text: &str, sequence: u64) {
-        let (Reserve::New(held) | Reserve::Ask(held)) = keys.reserve(NS, &key(text, 1)) else { panic!("taken") };
+        let (Reserve::New(held) | Reserve::Ask(held)) = keys.reserve(NS, &key(text, 1), Timestamp::MAX) else {
+            panic!("taken")
+        };
         held.keep(RecordId::from_bytes([1; 16]), Timestamp::MIN, None, Sequence(sequence));
     }
 
@@ -267,7 +274,7 @@ mod tests {
     fn a_key_is_running_until_it_is_kept_and_free_again_when_it_is_dropped() {
         let keys = Keys::default();
         keys.learn([]);
-        let Reserve::New(held) = keys.reserve(NS, &key("a", 1)) else { panic!("taken") };
+        let Reserve::New(held) = keys.reserve(NS, &key("a", 1), Timestamp::MIN) else { panic!("taken") };
         assert_eq!(known(&keys, "a", 1), "running");
         drop(held);
         assert_eq!(known(&keys, "a", 1), "new");
@@ -288,11 +295,33 @@ mod tests {
         assert_eq!(known(&keys, "a", 1), "ask");
     }
 
+    #[test]
+    fn a_key_of_long_ago_is_free_and_its_new_use_stays_until_the_store_shows_it() {
+        let keys = Keys::default();
+        keys.learn([]);
+        let at = |millis| Timestamp::from_millis(millis);
+        let keep = |written_at, sequence| {
+            let (Reserve::New(held) | Reserve::Ask(held)) = keys.reserve(NS, &key("a", 1), written_at) else {
+                panic!("taken")
+            };
+            held.keep(RecordId::from_bytes([1; 16]), written_at, None, Sequence(sequence));
+        };
+        keep(at(100), 5);
+        assert_eq!(known_since(&keys, "a", 1, at(100)), "known");
+        keep(at(101), 9);
+        keys.committed(Sequence(5));
+        assert_eq!((known_since(&keys, "a", 1, at(101)), known_since(&keys, "a", 2, at(101))), ("known", "reused"));
+        keys.committed(Sequence(9));
+        assert_eq!(known_since(&keys, "a", 1, at(101)), "ask");
+    }
+
     #[tokio::test]
     async fn whoever_waits_for_a_running_key_hears_of_its_end() {
         let keys = Keys::default();
-        let (Reserve::New(held) | Reserve::Ask(held)) = keys.reserve(NS, &key("a", 1)) else { panic!("taken") };
-        let Reserve::Running(news) = keys.reserve(NS, &key("a", 1)) else { panic!("free") };
+        let (Reserve::New(held) | Reserve::Ask(held)) = keys.reserve(NS, &key("a", 1), Timestamp::MIN) else {
+            panic!("taken")
+        };
+        let Reserve::Running(news) = keys.reserve(NS, &key("a", 1), Timestamp::MIN) else { panic!("free") };
         drop(held);
         news.await;
     }

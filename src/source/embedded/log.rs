@@ -78,7 +78,7 @@ impl Embedded {
         };
         let writer = std::thread::Builder::new().name("journal".into()).spawn(journal).map_err(failed)?;
         for commit in commits {
-            shared.settling.push(commit);
+            shared.settling.push_replay(commit);
         }
         runtime.spawn(Arc::clone(&shared).run_finisher());
         runtime.spawn(release(Arc::clone(&shared)));

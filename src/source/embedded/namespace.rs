@@ -49,15 +49,31 @@ impl EmbeddedNamespace {
         &self.shared
     }
 
+    /// Looks after what may be forgotten, as the settle thread does now and then, and waits until that is done.
+    #[cfg(test)]
+    pub(in crate::source) async fn tidy_for_tests(&self) {
+        self.shared.flushed().await.unwrap();
+        super::retention::look(&self.shared);
+        // Queued after what that has asked for.
+        self.shared.change(&self.space, Vec::new()).await.unwrap();
+        self.shared.flushed().await.unwrap();
+    }
+
     /// Asks the store once it shows everything that is durable now.
     async fn ask<T: Send + 'static>(
         &self,
         query: impl FnOnce(&StateReader) -> Result<T, StateError> + Send + 'static,
     ) -> Result<T, LogError> {
+        // Once it is closed the folder may be another process's.
+        self.still_open()?;
         self.shared.flushed().await?;
         let reader = self.shared.reader.clone();
         let panicked = |_| LogError::Closed("the reading thread failed".into());
         Ok(tokio::task::spawn_blocking(move || query(&reader)).await.map_err(panicked)??)
+    }
+
+    fn still_open(&self) -> Result<(), LogError> {
+        self.shared.refusal().map_or(Ok(()), |reason| Err(LogError::Closed(reason)))
     }
 
     async fn change(&self, changes: Vec<Change>) -> Result<(), LogError> {
@@ -66,6 +82,7 @@ impl EmbeddedNamespace {
     }
 
     async fn open(self, name: BranchName, start: Start) -> Result<BranchStart, LogError> {
+        self.still_open()?;
         let known = self.space.branches.lock().contains_key(&name);
         if !known {
             let kept = Position(self.space.first_kept.load(Ordering::Acquire).saturating_sub(1));
@@ -81,11 +98,11 @@ impl EmbeddedNamespace {
             branches.get(&name).map_or(Position(0), |branch| branch.wanted.max(branch.durable))
         };
         let (number, branch) = (self.space.number, name.clone());
-        let (stored, lanes) = self
-            .ask(move |reader| {
-                Ok((reader.branch(number, &branch, cursor)?, reader.aside_lanes(number, &branch, None)?))
-            })
-            .await?;
+        let found = move |reader: &StateReader| {
+            Ok((reader.branch(number, &branch, cursor)?, reader.aside_lanes(number, &branch, None)?))
+        };
+        // Of a branch that is new the store has nothing, so it does not wait for the views (LOG.md 23).
+        let (stored, lanes) = if known { self.ask(found).await? } else { Default::default() };
         // With nothing under way a stop says nothing about any record.
         let idle = cursor >= self.space.end();
         let subscription = Reader::new(Arc::clone(&self.shared), Arc::clone(&self.space), name, cursor);
@@ -138,6 +155,7 @@ impl Log for EmbeddedNamespace {
         let renamed = Change::BranchRenamed { from: from.clone(), to: to.clone() };
         let (from, to) = (from.clone(), to.clone());
         async move {
+            namespace.still_open()?;
             let possible = {
                 let branches = namespace.space.branches.lock();
                 branches.contains_key(&from) && !branches.contains_key(&to)

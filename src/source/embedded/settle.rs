@@ -151,13 +151,16 @@ impl Settler {
         if self.open.is_empty() {
             self.since = Instant::now();
         }
+        let replayed = self.replay > 0;
         self.replay = self.replay.saturating_sub(1);
         self.unchecked += commit.bytes.len() as u64;
         self.reached = self.reached.max(commit.last);
         self.open_frames += commit.frames.len();
         self.open_bytes += commit.bytes.len();
         self.apply(&commit)?;
-        self.shared.settling.settled(commit.bytes.len());
+        if !replayed {
+            self.shared.settling.settled(commit.bytes.len());
+        }
         if commit.frames.iter().any(|durable| matters(&durable.frame.change)) {
             self.open.push(commit);
         } else if let Some(last) = self.open.last_mut() {

@@ -70,6 +70,13 @@ impl Settling {
         inner.inbox >= ENOUGH.min(self.limit / 2)
     }
 
+    /// Hands over a commit of a start's replay. Never waits and never counts: it is in memory already, and the start
+    /// serves before the views have it (LOG.md 23).
+    pub(super) fn push_replay(&self, commit: Commit) {
+        self.inner.lock().commits.push_back(commit);
+        self.news.notify_one();
+    }
+
     /// Asks for a commit of everything up to `target`.
     pub(super) fn ask(&self, target: Sequence) {
         let mut inner = self.inner.lock();
@@ -107,7 +114,7 @@ impl Settling {
         Work { commits, wanted: inner.wanted, nudged, closed: inner.closed }
     }
 
-    /// So many bytes have reached the views.
+    /// So many bytes of pushed commits have reached the views; those of a replay are not among them.
     pub(super) fn settled(&self, bytes: usize) {
         let mut inner = self.inner.lock();
         inner.bytes = inner.bytes.saturating_sub(bytes);

@@ -4,9 +4,13 @@ mod crash;
 mod double;
 mod entering;
 mod power;
+mod recovery;
 mod repair;
+mod rot;
 mod rows;
+mod small;
 mod verbs;
+mod views;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,6 +23,9 @@ use super::*;
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Namespace, Position};
 use crate::source::{Admitted, BranchName, Entry, Log, Shelf, Start, Subscription, Write};
+
+/// Longest wait for anything; a wait that needs it has failed.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn options(folder: &Path, clock: &Clock) -> Options {
     Options {
@@ -67,7 +74,8 @@ async fn append(namespace: &EmbeddedNamespace, numbers: std::ops::Range<u32>) ->
 async fn read(subscription: &mut dyn Subscription, count: usize) -> Vec<Entry> {
     let mut entries = Vec::new();
     while entries.len() < count {
-        entries.extend(subscription.next(count - entries.len(), 1 << 20).await.unwrap());
+        let next = tokio::time::timeout(PATIENCE, subscription.next(count - entries.len(), 1 << 20)).await;
+        entries.extend(next.expect("nothing came").unwrap());
     }
     entries
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -77,6 +78,9 @@ pub(super) struct Store {
     parked: BTreeMap<(Timestamp, u64), Arc<Record>>,
     cancelled: HashSet<RecordId>,
     keys: HashMap<Box<str>, Seen>,
+    /// The keys in the order in which they were used.
+    key_order: VecDeque<(Timestamp, Box<str>)>,
+    pub(super) key_window: Duration,
     pub(super) epochs: Vec<Epoch>,
     letters: u64,
 }
@@ -93,6 +97,8 @@ impl Store {
             parked: BTreeMap::new(),
             cancelled: HashSet::new(),
             keys: HashMap::new(),
+            key_order: VecDeque::new(),
+            key_window: Duration::from_secs(86_400),
             epochs: Vec::new(),
             letters: 0,
         }
@@ -103,6 +109,7 @@ impl Store {
     }
 
     pub(super) fn admit(&mut self, writes: Vec<Write>, now: Timestamp) -> (Vec<Admitted>, Position) {
+        self.forget_keys(now);
         let admitted = writes.into_iter().map(|write| self.admit_one(write, now)).collect();
         (admitted, self.end)
     }
@@ -118,6 +125,7 @@ impl Store {
         let due_at = write.due_at.filter(|due| *due > now);
         let record = Record { id, written_at: now, due_at, ..write.record };
         if let Some(IdempotencyKey { key, fingerprint }) = write.idempotency {
+            self.key_order.push_back((now, key.clone()));
             self.keys.insert(key, Seen { fingerprint, id, written_at: now, due_at });
         }
         match due_at {
@@ -126,6 +134,17 @@ impl Store {
                 Admitted::Parked { id, written_at: now, due_at }
             }
             None => Admitted::Appended { id, written_at: now, position: self.append(record) },
+        }
+    }
+
+    /// Forgets the keys that are older than the window.
+    fn forget_keys(&mut self, now: Timestamp) {
+        let is_old = |at: &Timestamp| now.since(*at) > self.key_window;
+        while let Some((at, key)) = self.key_order.pop_front_if(|(at, _)| is_old(at)) {
+            // It may have been used anew since.
+            if self.keys.get(&key).is_some_and(|seen| seen.written_at == at) {
+                self.keys.remove(&key);
+            }
         }
     }
 

@@ -127,8 +127,10 @@ impl EmbeddedNamespace {
     async fn key(&self, key: &IdempotencyKey) -> Result<Keyed, AdmitError> {
         let window = self.space.settings.read().key_window;
         let deadline = tokio::time::Instant::now() + KEY_WAIT;
+        let now = self.shared.clock.now().as_millis();
+        let since = Timestamp::from_millis(now.saturating_sub(i64::try_from(window.as_millis()).unwrap_or(i64::MAX)));
         loop {
-            match self.shared.keys.reserve(self.space.number, key) {
+            match self.shared.keys.reserve(self.space.number, key, since) {
                 Reserve::New(reservation) => return Ok(Keyed::Go(Some(reservation))),
                 Reserve::Known { id, written_at, due_at } => {
                     return Ok(Keyed::Answered(Admitted::Repeated { id, written_at, due_at }));
@@ -140,10 +142,6 @@ impl EmbeddedNamespace {
                     }
                 }
                 Reserve::Ask(reservation) => {
-                    let now = self.shared.clock.now().as_millis();
-                    let since = Timestamp::from_millis(
-                        now.saturating_sub(i64::try_from(window.as_millis()).unwrap_or(i64::MAX)),
-                    );
                     let (reader, hash) = (self.shared.reader.clone(), *reservation.hash());
                     let found = tokio::task::spawn_blocking(move || reader.key(&hash, since)).await;
                     let unreadable = |reason: String| AdmitError::Closed { reason: reason.into() };

@@ -16,6 +16,11 @@ type Dropped = Vec<(BranchName, Box<str>)>;
 
 impl EmbeddedNamespace {
     pub(super) async fn look_up(self, id: RecordId) -> Result<Option<Found>, LogError> {
+        // Before anything is looked at: what has ended by then is in the store and the segments when they are read.
+        let cursors: Vec<(BranchName, Position)> = {
+            let branches = self.space.branches.lock();
+            branches.iter().map(|(name, branch)| (name.clone(), branch.wanted)).collect()
+        };
         if let Some(row) = self.ask(move |reader| reader.parked_by_id(id)).await? {
             let damaged = |_| LogError::Damaged(format!("the parked record {id} cannot be read").into());
             let record = Record::decode(&row.record).map_err(damaged)?;
@@ -27,10 +32,6 @@ impl EmbeddedNamespace {
         let Some((entry, dropped)) = found else {
             let cancelled = self.ask(move |reader| reader.is_cancelled(id)).await?;
             return Ok(cancelled.then_some(Found::Cancelled));
-        };
-        let cursors: Vec<(BranchName, Position)> = {
-            let branches = self.space.branches.lock();
-            branches.iter().map(|(name, branch)| (name.clone(), branch.wanted)).collect()
         };
         let mut branches = Vec::with_capacity(cursors.len());
         for (name, cursor) in cursors {
@@ -90,8 +91,7 @@ impl EmbeddedNamespace {
             if let Some(from) = place
                 && let Some(entry) = self.read_until(id, from, index.last)?
             {
-                let dropped = index.dropped.iter().filter(|((position, _), _)| *position == entry.position);
-                let dropped = dropped.map(|((_, branch), reason)| (branch.clone(), reason.clone())).collect();
+                let dropped = self.dropped(entry.position, extent.first, index)?;
                 return Ok(Some((entry, dropped)));
             }
             if extent.first.0 <= 1 {
@@ -102,6 +102,18 @@ impl EmbeddedNamespace {
             if oldest.is_none_or(|oldest| at < oldest) {
                 return Ok(None);
             }
+        }
+    }
+
+    /// How deliveries of the record at `position` ended without being sent. Its own segment's index is at hand; a branch
+    /// that was behind has said so in a later segment.
+    fn dropped(&self, position: Position, first: Position, index: Index) -> Result<Dropped, LogError> {
+        let (mut dropped, mut first, mut index) = (Dropped::new(), first, index);
+        loop {
+            let here = index.dropped.iter().filter(|((at, _), _)| *at == position);
+            dropped.extend(here.map(|((_, branch), reason)| (branch.clone(), reason.clone())));
+            let Some(next) = self.space.segments.lock().after(first) else { return Ok(dropped) };
+            (first, index) = (next.first, self.index(next)?);
         }
     }
 

@@ -1,5 +1,5 @@
 //! A disk that does what disks do: it forgets what was not synced, fails at a chosen call, runs full, and lies after a
-//! failed sync.
+//! failed sync. A call can also be held back for as long as a test likes.
 //!
 //! Files live in memory, on two planes: what a process sees, and what would survive a power cut. `state.db` lies in a real
 //! folder; of it the double keeps what SQLite has reported as synced.
@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::source::embedded::disk::{Access, Disk, DiskFile, RealDisk};
 
@@ -25,10 +25,13 @@ struct Bytes {
     dirty: BTreeSet<usize>,
 }
 
+/// Which file a name stands for.
+type Names = BTreeMap<PathBuf, u64>;
+
 #[derive(Default)]
 struct World {
-    live: BTreeMap<PathBuf, u64>,
-    durable: BTreeMap<PathBuf, u64>,
+    live: Names,
+    durable: Names,
     files: BTreeMap<u64, Bytes>,
     next: u64,
     /// Calls that change something, so far.
@@ -36,10 +39,44 @@ struct World {
     /// This call fails.
     fail_at: Option<u64>,
     failed: bool,
+    /// With it everything after it fails too: the process is gone.
+    crashes: bool,
+    /// Of a write that fails so much is there.
+    short: Short,
+    /// Reads so far, and the one that fails.
+    reads: u64,
+    fail_read_at: Option<u64>,
+    /// Every read is cut short, and every other one is interrupted first.
+    choppy: bool,
     /// Bytes that files may still grow by.
     room: u64,
     locks: BTreeSet<PathBuf>,
     synced_state: Option<BTreeMap<String, Vec<u8>>>,
+}
+
+/// How much of a write has reached the file when it fails.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) enum Short {
+    Nothing,
+    #[default]
+    Half,
+    AllButOneByte,
+    Everything,
+}
+
+/// A call that can be held back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Call {
+    Write,
+    Sync,
+}
+
+/// Where calls wait that a test holds back.
+#[derive(Default)]
+struct Gate {
+    /// This call on files with this ending, and how many wait.
+    closed: Mutex<Option<(Call, &'static str, usize)>>,
+    open: Condvar,
 }
 
 /// The disk; clones are the same one.
@@ -47,6 +84,7 @@ struct World {
 pub(super) struct Double {
     root: PathBuf,
     world: Arc<Mutex<World>>,
+    gate: Arc<Gate>,
 }
 
 struct File {
@@ -62,7 +100,15 @@ impl World {
     /// Counts a changing call; true when it is the one to fail.
     fn fails(&mut self) -> bool {
         self.calls += 1;
-        let fails = self.fail_at == Some(self.calls);
+        let fails = self.fail_at == Some(self.calls) || (self.crashes && self.failed);
+        self.failed |= fails;
+        fails
+    }
+
+    /// Counts a read; true when it is the one to fail.
+    fn read_fails(&mut self) -> bool {
+        self.reads += 1;
+        let fails = self.fail_read_at == Some(self.reads) || (self.crashes && self.failed);
         self.failed |= fails;
         fails
     }
@@ -71,7 +117,42 @@ impl World {
 impl Double {
     pub(super) fn new(root: &Path) -> Self {
         let world = World { room: u64::MAX, ..World::default() };
-        Self { root: root.to_owned(), world: Arc::new(Mutex::new(world)) }
+        Self::of(root, world)
+    }
+
+    fn of(root: &Path, world: World) -> Self {
+        Self { root: root.to_owned(), world: Arc::new(Mutex::new(world)), gate: Arc::default() }
+    }
+
+    /// Holds back every such call on a file whose name ends so, until [`Double::let_go`].
+    pub(super) fn hold(&self, call: Call, ending: &'static str) {
+        *self.gate.closed.lock() = Some((call, ending, 0));
+    }
+
+    /// Whether a call waits at the gate now.
+    pub(super) fn holds_one(&self) -> bool {
+        self.gate.closed.lock().is_some_and(|(.., waiting)| waiting > 0)
+    }
+
+    /// Lets go what is held back.
+    pub(super) fn let_go(&self) {
+        *self.gate.closed.lock() = None;
+        self.gate.open.notify_all();
+    }
+
+    /// Waits while this call on this file is held back.
+    fn pass(&self, call: Call, number: u64) {
+        let mut closed = self.gate.closed.lock();
+        let mut counted = false;
+        while let Some((held, ending, waiting)) = closed.as_mut() {
+            // Looked up each time: a file keeps its handle when it is given another name.
+            let is_meant = |path: &Path| path.to_string_lossy().ends_with(*ending);
+            if *held != call || !self.world.lock().live.iter().any(|(path, of)| *of == number && is_meant(path)) {
+                return;
+            }
+            *waiting += usize::from(!std::mem::replace(&mut counted, true));
+            self.gate.open.wait(&mut closed);
+        }
     }
 
     /// The `n`-th changing call from now on fails.
@@ -79,6 +160,29 @@ impl Double {
         let mut world = self.world.lock();
         world.fail_at = Some(world.calls + n);
         world.failed = false;
+    }
+
+    /// The `n`-th changing call from now on fails, and so does everything after it.
+    pub(super) fn crash_after(&self, n: u64) {
+        self.fail_after(n);
+        self.world.lock().crashes = true;
+    }
+
+    /// Of a write that fails so much reaches the file.
+    pub(super) fn set_short(&self, short: Short) {
+        self.world.lock().short = short;
+    }
+
+    /// The `n`-th read from now on fails.
+    pub(super) fn fail_read_after(&self, n: u64) {
+        let mut world = self.world.lock();
+        world.fail_read_at = Some(world.reads + n);
+        world.failed = false;
+    }
+
+    /// From now on reads give a few bytes at a time, and are interrupted in between.
+    pub(super) fn make_choppy(&self) {
+        self.world.lock().choppy = true;
     }
 
     /// Whether the call that should fail has come.
@@ -120,13 +224,84 @@ impl Double {
             std::fs::write(root.join(name), bytes).unwrap();
         }
         left.synced_state = world.synced_state.clone();
-        Self { root: root.to_owned(), world: Arc::new(Mutex::new(left)) }
+        Self::of(root, left)
+    }
+
+    /// A power cut that takes all that was not synced, and of `state.db` nothing: its pages had just been written back.
+    pub(super) fn power_cut_after_state(&self, root: &Path) -> Self {
+        let world = self.world.lock();
+        self.left(&world.durable, &world, |file| &file.durable, root)
+    }
+
+    /// What the next process finds after a kill: everything that was written, synced or not.
+    pub(super) fn kill(&self, root: &Path) -> Self {
+        let world = self.world.lock();
+        self.left(&world.live, &world, |file| &file.live, root)
+    }
+
+    fn left(&self, names: &Names, world: &World, bytes: impl Fn(&Bytes) -> &Vec<u8>, root: &Path) -> Self {
+        let mut left = World { room: u64::MAX, next: world.next, ..World::default() };
+        for (path, number) in names {
+            let bytes = bytes(&world.files[number]).clone();
+            left.files.insert(*number, Bytes { live: bytes.clone(), durable: bytes, dirty: BTreeSet::new() });
+            left.live.insert(path.clone(), *number);
+        }
+        left.durable = left.live.clone();
+        let state = state_files(&self.root.join("state.db"));
+        for (name, bytes) in &state {
+            std::fs::write(root.join(name), bytes).unwrap();
+        }
+        left.synced_state = Some(state);
+        Self::of(root, left)
+    }
+
+    /// The same files once more over the same `state.db`, which neither of the two may then change.
+    pub(super) fn again(&self) -> Self {
+        let world = self.world.lock();
+        let copy = World {
+            live: world.live.clone(),
+            durable: world.durable.clone(),
+            files: world.files.clone(),
+            next: world.next,
+            room: u64::MAX,
+            synced_state: world.synced_state.clone(),
+            ..World::default()
+        };
+        Self::of(&self.root, copy)
+    }
+
+    /// Every file that is there, with its bytes, by its name in the folder.
+    pub(super) fn contents(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let world = self.world.lock();
+        world.live.iter().map(|(path, number)| (path.clone(), world.files[number].live.clone())).collect()
+    }
+
+    /// Changes a file's bytes behind everybody's back.
+    pub(super) fn damage(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut world = self.world.lock();
+        let number = world.live[path];
+        let file = world.files.get_mut(&number).unwrap();
+        change(&mut file.live);
+        file.durable.clone_from(&file.live);
     }
 }
 
 /// SQLite's files are real.
 fn is_state(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("state.db"))
+}
+
+/// The bytes of `state.db` as the process sees them.
+fn state_files(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut copy = BTreeMap::new();
+    for suffix in ["", "-wal"] {
+        let mut file = path.as_os_str().to_owned();
+        file.push(suffix);
+        if let Ok(bytes) = std::fs::read(&file) {
+            copy.insert(format!("state.db{suffix}"), bytes);
+        }
+    }
+    copy
 }
 
 fn resized(bytes: &[u8], len: usize) -> Vec<u8> {
@@ -137,14 +312,19 @@ fn resized(bytes: &[u8], len: usize) -> Vec<u8> {
 
 impl DiskFile for File {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.double.pass(Call::Write, self.number);
         let mut world = self.double.world.lock();
         let fails = world.fails();
         let start = usize::try_from(offset).unwrap();
         let len = world.files[&self.number].live.len();
         let mut take = bytes.len();
         if fails {
-            // Short: half of it is there.
-            take /= 2;
+            take = match world.short {
+                Short::Nothing => 0,
+                Short::Half => take / 2,
+                Short::AllButOneByte => take.saturating_sub(1),
+                Short::Everything => take,
+            };
         }
         let growth = ((start + take).saturating_sub(len)) as u64;
         let full = growth > world.room;
@@ -169,15 +349,23 @@ impl DiskFile for File {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let world = self.double.world.lock();
+        let mut world = self.double.world.lock();
+        if world.read_fails() {
+            return Err(broken());
+        }
+        if world.choppy && world.reads % 2 == 1 {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let most = if world.choppy { 1_001 } else { usize::MAX };
         let live = &world.files[&self.number].live;
         let start = usize::try_from(offset).unwrap().min(live.len());
-        let end = (start + buffer.len()).min(live.len());
+        let end = (start + buffer.len().min(most)).min(live.len());
         buffer[..end - start].copy_from_slice(&live[start..end]);
         Ok(end - start)
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.double.pass(Call::Sync, self.number);
         let mut world = self.double.world.lock();
         let fails = world.fails();
         let file = world.files.get_mut(&self.number).unwrap();
@@ -308,15 +496,7 @@ impl Disk for Double {
     }
 
     fn database_synced(&self, path: &Path) {
-        let mut copy = BTreeMap::new();
-        for suffix in ["", "-wal"] {
-            let mut file = path.as_os_str().to_owned();
-            file.push(suffix);
-            if let Ok(bytes) = std::fs::read(&file) {
-                copy.insert(format!("state.db{suffix}"), bytes);
-            }
-        }
-        self.world.lock().synced_state = Some(copy);
+        self.world.lock().synced_state = Some(state_files(path));
     }
 }
 
