@@ -21,7 +21,7 @@ use crate::source::IdempotencyKey;
 /// What a frame of the batch says, while its record's bytes are still in the buffer.
 pub(super) enum Made {
     Append { position: Position, idempotency: Option<IdempotencyKey>, record: Arc<Record>, start: usize },
-    Park { due_at: Timestamp, idempotency: Option<IdempotencyKey>, record: Arc<Record>, start: usize },
+    Park { due_at: Timestamp, idempotency: Option<IdempotencyKey>, start: usize },
     Release { position: Position, parked: Sequence, due_at: Timestamp, record: Arc<Record>, start: usize },
     Whole(Change),
 }
@@ -135,8 +135,8 @@ impl Encoded {
             Made::Append { position, idempotency, record, start } => {
                 (Change::Append { position, record: body(start), idempotency }, Some(record))
             }
-            Made::Park { due_at, idempotency, record, start } => {
-                (Change::Park { due_at, record: body(start), idempotency }, Some(record))
+            Made::Park { due_at, idempotency, start } => {
+                (Change::Park { due_at, record: body(start), idempotency }, None)
             }
             Made::Release { position, parked, due_at, record, start } => {
                 (Change::Release { position, parked, due_at, record: body(start) }, Some(record))

@@ -20,6 +20,8 @@ const AHEAD: Duration = Duration::from_secs(60);
 const REFILL: Duration = Duration::from_secs(20);
 /// Rows read from the store in one step, about.
 const LOAD: usize = 20_000;
+/// Rows put into memory at once, while everybody else waits.
+const HELD: usize = 500;
 /// What a row takes besides its record.
 const ROW_BYTES: usize = 96;
 
@@ -195,12 +197,15 @@ impl Due {
         };
         let to = now.saturating_add(AHEAD);
         let (rows, reached) = state.load_due(from, to, LOAD)?;
+        // Some at a time: the writer and the releaser want the lock too, and nobody may be late for it.
+        let mut rows = rows.into_iter().peekable();
+        while rows.peek().is_some() {
+            let mut soon = self.soon.lock();
+            rows.by_ref().take(HELD).for_each(|row| soon.insert(row));
+        }
         let mut soon = self.soon.lock();
         // Only this thread moves the horizon, so it is still where the reading began.
         soon.horizon = reached;
-        for row in rows {
-            soon.insert(row);
-        }
         let (near, far) = std::mem::take(&mut soon.unsettled).into_iter().partition(|row| row.due_at < reached);
         soon.unsettled = far;
         let near: VecDeque<DueRow> = near;

@@ -59,10 +59,10 @@ impl Options {
             ballast_bytes: 16 << 20,
             window: 20_000,
             segment_bytes: 64 << 20,
-            settle_lag_bytes: 64 << 20,
+            settle_lag_bytes: 32 << 20,
             settle_linger: Duration::from_millis(20),
             queue_bytes: 64 << 20,
-            due_bytes: 64 << 20,
+            due_bytes: 32 << 20,
             tail_bytes: 1 << 20,
             commit_every: Duration::from_millis(250),
         }

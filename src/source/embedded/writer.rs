@@ -218,17 +218,17 @@ impl Writer {
             let at = batch.bytes.len();
             let kind = if due_at.is_some() { body::kind::PARK } else { body::kind::APPEND };
             let header = self.header(space, kind, first, left);
-            let record = Arc::new(record);
             let (key, salt) = (idempotency.as_ref(), self.file.salt);
             if let Some(due_at) = due_at {
                 let (header, start) =
                     put_frame(&mut batch.bytes, salt, header, |out| body::put_park(out, due_at, key, &record));
-                batch.add(header, at, Made::Park { due_at, idempotency, record, start });
+                batch.add(header, at, Made::Park { due_at, idempotency, start });
                 admitted.push(Admitted::Parked { id, written_at: self.time, due_at });
             } else {
                 let position = Position(space.assigned.fetch_add(1, Ordering::AcqRel) + 1);
                 let (header, start) =
                     put_frame(&mut batch.bytes, salt, header, |out| body::put_append(out, position, key, &record));
+                let record = Arc::new(record);
                 batch.add(header, at, Made::Append { position, idempotency, record, start });
                 admitted.push(Admitted::Appended { id, written_at: self.time, position });
             }
