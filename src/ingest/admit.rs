@@ -53,6 +53,19 @@ pub struct Held {
     bytes: u64,
 }
 
+impl Held {
+    /// Takes more for the same write.
+    ///
+    /// # Errors
+    /// 429 when too much of others is under way.
+    pub fn more(&mut self, bytes: u64) -> Result<(), Problem> {
+        let budget = &self.budget;
+        let before = budget.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.bytes += bytes;
+        budget.check(before, before > self.bytes - bytes, bytes)
+    }
+}
+
 impl Budget {
     /// At most `limit` bytes at once, and `rate` writes a second.
     pub fn new(limit: u64, rate: Option<f64>) -> Arc<Self> {
@@ -79,12 +92,16 @@ impl Budget {
     /// 429 when too much is under way.
     pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Held, Problem> {
         let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before > 0 && before + bytes > self.limit {
-            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-            let detail = format!("{before} bytes of writes are not durable yet, and {} may be", self.limit);
-            return Err(Problem::too_many("in_flight", detail, Duration::from_secs(1)).failed());
+        let held = Held { budget: Arc::clone(self), bytes };
+        self.check(before, before > 0, bytes).map(|()| held)
+    }
+
+    fn check(&self, before: u64, others: bool, bytes: u64) -> Result<(), Problem> {
+        if !others || before + bytes <= self.limit {
+            return Ok(());
         }
-        Ok(Held { budget: Arc::clone(self), bytes })
+        let detail = format!("{before} bytes of writes are not durable yet, and {} may be", self.limit);
+        Err(Problem::too_many("in_flight", detail, Duration::from_secs(1)).failed())
     }
 
     /// Counts writes against the rate.
@@ -127,6 +144,19 @@ mod tests {
         drop(first);
         assert_eq!(budget.held(), 0);
         assert!(budget.take(5).is_ok());
+    }
+
+    #[test]
+    fn what_grows_is_refused_where_others_have_taken_the_room_and_gives_all_of_it_back() {
+        let budget = Budget::new(10, None);
+        let mut first = budget.take(4).unwrap();
+        first.more(100).unwrap();
+        drop(first);
+        let other = budget.take(8).unwrap();
+        let mut second = budget.take(2).unwrap();
+        assert_eq!(second.more(1).unwrap_err().code, "in_flight");
+        drop((second, other));
+        assert_eq!(budget.held(), 0);
     }
 
     #[test]

@@ -33,6 +33,8 @@ const MOST_BYTES: usize = 2 << 20;
 const MOST_GROUPS: usize = 32;
 /// Their bytes, in the same way.
 const MOST_UNDER_WAY: usize = 8 << 20;
+/// A line that has begun is counted from this size on, in bytes.
+const SMALL_LINE: u64 = 64 << 10;
 /// Answers that are sent together, in bytes, but for the last.
 const MOST_ANSWERS: usize = 64 << 10;
 /// How long a client may leave answers unread.
@@ -52,7 +54,7 @@ type Answers = mpsc::Sender<Option<Bytes>>;
     request_body(content = Envelope, content_type = "application/x-ndjson", description = "One write a line"),
     responses(
         (status = 200, description = "One result a line: what a single write would have been answered", body = Accepted, content_type = "application/x-ndjson"),
-        (status = 415, description = "`content_type`: the body is not NDJSON"),
+        (status = 415, description = "`content_type`: the body is not NDJSON; `content_encoding`: it is packed"),
     )
 )]
 pub(super) fn batch(directory: Arc<dyn Directory>, headers: &HeaderMap, body: Incoming) -> warp::reply::Response {
@@ -118,6 +120,8 @@ struct Upload {
     /// Groups that have their place in the log, in the order of their lines.
     under_way: FuturesOrdered<BoxFuture<'static, Done>>,
     bytes_under_way: usize,
+    /// Bytes of the line that has begun.
+    begun: Option<Held>,
     /// No further line is taken. Nothing is under way then.
     stopped: bool,
 }
@@ -128,7 +132,7 @@ struct Gone;
 impl Upload {
     fn new(directory: Arc<dyn Directory>, answers: Answers) -> Self {
         let (lines, group, under_way) = (Vec::new(), Group::default(), FuturesOrdered::new());
-        Self { directory, answers, lines, group, under_way, bytes_under_way: 0, stopped: false }
+        Self { directory, answers, lines, group, under_way, bytes_under_way: 0, begun: None, stopped: false }
     }
 
     async fn take(&mut self, mut body: Incoming) -> Result<(), Gone> {
@@ -153,9 +157,8 @@ impl Upload {
             while let Some(line) = lines.next() {
                 self.line(line).await?;
             }
-            let begun = lines.begun() as u64;
-            if begun > LARGEST_BODY {
-                self.refuse(Problem::too_large(begun, LARGEST_BODY)).await?;
+            if let Err(problem) = self.begin(lines.begun() as u64) {
+                self.refuse(problem).await?;
                 return self.end().await;
             }
             // What has come is handed over before more is waited for.
@@ -166,6 +169,19 @@ impl Upload {
         self.hand_over().await?;
         self.drain().await?;
         self.end().await
+    }
+
+    /// Counts a line that is not whole yet against the instance's budget, unless it is small.
+    fn begin(&mut self, bytes: u64) -> Result<(), Problem> {
+        if bytes > LARGEST_BODY {
+            return Err(Problem::too_large(bytes, LARGEST_BODY));
+        }
+        // A whole line is counted with its group.
+        self.begun = None;
+        if bytes > SMALL_LINE {
+            self.begun = Some(self.directory.instance_budget().take(bytes)?);
+        }
+        Ok(())
     }
 
     fn has_room(&self) -> bool {

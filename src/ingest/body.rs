@@ -1,16 +1,22 @@
 //! Reading a request's body with a bound on its size and on each wait.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures::{Stream, StreamExt as _};
 use http::{HeaderMap, StatusCode};
 
+use tokio::time::Instant;
+
+use super::admit::{Budget, Held};
 use super::reply::Problem;
 
 /// How long one part of a body may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes a second that a body as a whole must bring once that time has passed.
+const SLOWEST: u64 = 1 << 10;
 
 /// A body as it comes in.
 pub struct Incoming(Pin<Box<dyn Stream<Item = Result<Bytes, warp::Error>> + Send + Sync>>);
@@ -35,7 +41,7 @@ impl Incoming {
             Ok(None) => Ok(None),
             Ok(Some(Ok(part))) => Ok(Some(part)),
             Ok(Some(Err(_))) => Err(Problem::malformed("the body broke off")),
-            Err(_) => Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "slow_body", "the body came too slowly")),
+            Err(_) => Err(slow()),
         }
     }
 }
@@ -43,25 +49,60 @@ impl Incoming {
 /// The whole body, at most `limit` bytes of it.
 ///
 /// # Errors
-/// 413 before more than that is held; as [`Incoming::next`].
+/// 413 before more than that is held, 408 when it trickles; as [`Incoming::next`].
 pub async fn read_all(headers: &HeaderMap, body: &mut Incoming, limit: u64) -> Result<Bytes, Problem> {
+    read(headers, body, limit, &mut |_| Ok(())).await
+}
+
+/// As [`read_all`]; what has come in is held against `budget` while more is waited for.
+///
+/// # Errors
+/// 429 when too much of others is held; as [`read_all`].
+pub(super) async fn read_held(
+    headers: &HeaderMap,
+    body: &mut Incoming,
+    limit: u64,
+    budget: &Arc<Budget>,
+) -> Result<(Bytes, Held), Problem> {
+    let mut held = budget.take(0)?;
+    let whole = read(headers, body, limit, &mut |bytes| held.more(bytes)).await?;
+    Ok((whole, held))
+}
+
+async fn read(
+    headers: &HeaderMap,
+    body: &mut Incoming,
+    limit: u64,
+    hold: &mut (dyn FnMut(u64) -> Result<(), Problem> + Send),
+) -> Result<Bytes, Problem> {
     let announced: u64 = headers.get("content-length").and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0);
     if announced > limit {
         return Err(Problem::too_large(announced, limit));
     }
-    let Some(first) = body.next().await? else { return Ok(Bytes::new()) };
-    let Some(second) = body.next().await? else {
-        return if first.len() as u64 > limit { Err(Problem::too_large(first.len() as u64, limit)) } else { Ok(first) };
-    };
-    let mut whole = BytesMut::from(&*first);
-    let mut part = Some(second);
-    while let Some(bytes) = part {
-        let size = (whole.len() + bytes.len()) as u64;
+    let started = Instant::now();
+    let (mut first, mut whole, mut size) = (Bytes::new(), BytesMut::new(), 0);
+    while let Some(part) = body.next().await? {
+        size += part.len() as u64;
         if size > limit {
             return Err(Problem::too_large(size, limit));
         }
-        whole.extend_from_slice(&bytes);
-        part = body.next().await?;
+        if started.elapsed() > PATIENCE + Duration::from_secs(size / SLOWEST) {
+            return Err(slow());
+        }
+        hold(part.len() as u64)?;
+        if first.is_empty() {
+            // Most often it is the only one.
+            first = part;
+            continue;
+        }
+        if whole.is_empty() {
+            whole.extend_from_slice(&first);
+        }
+        whole.extend_from_slice(&part);
     }
-    Ok(whole.freeze())
+    Ok(if whole.is_empty() { first } else { whole.freeze() })
+}
+
+fn slow() -> Problem {
+    Problem::new(StatusCode::REQUEST_TIMEOUT, "slow_body", "the body came too slowly")
 }

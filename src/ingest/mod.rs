@@ -9,11 +9,14 @@ mod batch;
 mod body;
 mod decode;
 mod lines;
+mod patient;
 pub mod reply;
 mod routes;
 mod serve;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use std::sync::Arc;

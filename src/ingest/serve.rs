@@ -14,7 +14,18 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use super::patient::Patient;
 use super::{BoxedRoutes, Head};
+
+/// Requests at once on one HTTP/2 connection.
+const MOST_STREAMS: u32 = 256;
+/// The headers of one HTTP/2 request, in bytes.
+const LARGEST_HEAD: u32 = 16 << 10;
+/// HTTP/2 requests that were taken back before they were looked at.
+const MOST_RESETS: usize = 20;
+/// Bytes that a client may send ahead in one HTTP/2 request, and on its connection.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 1 << 20;
 
 /// Bounds of the accept loop.
 #[derive(Clone, Copy, Debug)]
@@ -23,13 +34,20 @@ pub struct Limits {
     pub connections: usize,
     /// How long the head of a request may take, and how long a connection may lie idle.
     pub head: Duration,
+    /// How long a client may leave an answer unread.
+    pub unread: Duration,
     /// How long requests under way may take at the end.
     pub stop: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 8_192, head: Duration::from_secs(15), stop: Duration::from_secs(10) }
+        Self {
+            connections: 8_192,
+            head: Duration::from_secs(15),
+            unread: Duration::from_secs(30),
+            stop: Duration::from_secs(10),
+        }
     }
 }
 
@@ -38,7 +56,16 @@ pub async fn serve(listener: TcpListener, routes: BoxedRoutes, limits: Limits, s
     let service = warp::service(routes);
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.head);
-    builder.http2().timer(TokioTimer::new()).keep_alive_interval(Some(limits.head)).max_concurrent_streams(256);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Some(limits.head))
+        .keep_alive_timeout(limits.head)
+        .max_concurrent_streams(MOST_STREAMS)
+        .max_header_list_size(LARGEST_HEAD)
+        .max_pending_accept_reset_streams(MOST_RESETS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW);
     let (builder, graceful) = (Arc::new(builder), GracefulShutdown::new());
     let room = Arc::new(Semaphore::new(limits.connections));
     loop {
@@ -60,6 +87,7 @@ pub async fn serve(listener: TcpListener, routes: BoxedRoutes, limits: Limits, s
             }
         };
         let _ = stream.set_nodelay(true);
+        let stream = Patient::new(stream, limits.head, limits.unread);
         let (builder, routes) = (Arc::clone(&builder), TowerToHyperService::new(service.clone()));
         let service = service_fn(move |request| routes.call(with_head(request)));
         let watcher = graceful.watcher();

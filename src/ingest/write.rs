@@ -6,9 +6,10 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use serde::Serialize;
 
+use super::body::read_held;
 use super::decode::Envelope;
 use super::reply::{self, Durable, Problem};
-use super::{Directory, Head, Incoming, Inlet, decode, read_all};
+use super::{Directory, Head, Incoming, Inlet, decode};
 use crate::clock::Timestamp;
 use crate::record::RecordId;
 use crate::source::Admitted;
@@ -31,7 +32,7 @@ pub(super) const LARGEST_BODY: u64 = (16 << 20) / 3 * 4 + (64 << 10);
         (status = 408, description = "`slow_body`"),
         (status = 409, description = "`key_running`: the first write with this idempotency key is still under way; `loop`: its `origin` is this very region"),
         (status = 413, description = "`too_large`"),
-        (status = 415, description = "`content_type`: the body is not JSON"),
+        (status = 415, description = "`content_type`: the body is not JSON; `content_encoding`: it is packed"),
         (status = 422, description = "`schema`, `delay`, `target`, `key` or `key_reused`"),
         (status = 429, description = "`in_flight` or `rate`; see Retry-After"),
         (status = 501, description = "`unsupported`: the namespace's source cannot do this"),
@@ -53,8 +54,7 @@ pub(super) async fn write(directory: Arc<dyn Directory>, head: Arc<Head>, mut bo
 async fn try_write(directory: &dyn Directory, headers: &HeaderMap, body: &mut Incoming) -> Result<Admitted, Problem> {
     directory.keys().check(headers)?;
     is_json(headers, &["application/json"])?;
-    let body = read_all(headers, body, LARGEST_BODY).await?;
-    let _instance = directory.instance_budget().take(body.len() as u64)?;
+    let (body, _instance) = read_held(headers, body, LARGEST_BODY, directory.instance_budget()).await?;
     one(directory, headers, body).await
 }
 
@@ -82,8 +82,16 @@ async fn admit(inlet: &Inlet, envelope: Envelope<'_>, headers: &HeaderMap, body:
     admitted.into_iter().next().ok_or_else(|| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "no answer"))
 }
 
-/// 415 for a body of another kind; none at all is taken for JSON.
+/// 415 for a body of another kind or one that is packed; none at all is taken for JSON.
 pub(super) fn is_json(headers: &HeaderMap, kinds: &[&str]) -> Result<(), Problem> {
+    if let Some(coding) =
+        headers.get("content-encoding").filter(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
+    {
+        let coding = coding.to_str().unwrap_or("an unknown coding");
+        let detail =
+            format!("this takes bodies as they are, not packed with {coding}; send it without Content-Encoding");
+        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content_encoding", detail));
+    }
     let Some(kind) = headers.get("content-type") else { return Ok(()) };
     let kind = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     if kinds.contains(&kind.as_str()) || kind.ends_with("+json") {
