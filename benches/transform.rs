@@ -5,6 +5,13 @@
 //! changes in Rust on `serde_json::Value`, without a guard, to compare with. The cases take turns, so that all of them
 //! meet the same noise.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    reason = "run by hand, for what it prints"
+)]
+
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Arc;

@@ -1,9 +1,10 @@
-//! What scripts can call besides the language's own library: one table, with the docs of each function.
+//! What scripts can call besides the language's own library.
 //!
-//! All of them give the same for the same record, save `wall_clock`. `FUNCTIONS.md` is rendered from the table; a test
-//! holds it to that.
+//! All of them give the same for the same record, save `wall_clock`. What each takes, gives and refuses is said in
+//! [`table`]; a test holds the two together.
 
 mod pattern;
+mod table;
 mod time;
 
 use std::fmt::Write as _;
@@ -19,70 +20,10 @@ use super::engine::{Answer, afford, end, kind, raise};
 use super::guard::{self, Ended, MAX_CHILDREN, NewChild, Run};
 use crate::record::{Headers, LONGEST_KEY, MOST_HEADERS};
 
+pub use table::functions_table;
+
 /// What a value's JSON takes at first, in bytes.
 const SMALL: usize = 128;
-
-/// One function's entry in the docs.
-struct Entry {
-    signature: &'static str,
-    does: &'static str,
-}
-
-const fn entry(signature: &'static str, does: &'static str) -> Entry {
-    Entry { signature, does }
-}
-
-/// Every function, in the order of the docs. A signature's name and number of arguments are those registered.
-const TABLE: &[Entry] = &[
-    entry("drop()", "Ends the script and drops the record, counted. Cannot be caught."),
-    entry(
-        "emit(child: map)",
-        "Adds a child `#{payload, key?, headers?}`; the children replace the record, at most 1,000.",
-    ),
-    entry("fail(why: text)", "Ends the script; the record becomes a dead letter with this reason. Cannot be caught."),
-    entry("now() -> text", "When the record was accepted: RFC 3339, UTC, milliseconds. The same on every retry."),
-    entry("wall_clock() -> text", "The real time: differs between retries and regions."),
-    entry("uuid() -> text", "A UUID drawn from the record's id and the number of the call: the same on every retry."),
-    entry("random() -> float", "From 0 up to, not including, 1; drawn as `uuid`."),
-    entry("random(low: int, high: int) -> int", "From `low` to `high`, both included; drawn as `uuid`."),
-    entry("sha256(value) -> text", "SHA-256 in hex of a text, or of another value's JSON."),
-    entry("sha512(value) -> text", "SHA-512 in hex of a text, or of another value's JSON."),
-    entry("hmac_sha256(key: text, value) -> text", "HMAC-SHA-256 in hex of a text, or of another value's JSON."),
-    entry("base64_encode(text: text) -> text", "Standard alphabet with padding."),
-    entry("base64_decode(text: text) -> text", "The reverse; an error if it is no base64 of UTF-8."),
-    entry("base64url_encode(text: text) -> text", "URL-safe alphabet without padding."),
-    entry("base64url_decode(text: text) -> text", "The reverse; an error if it is no base64 of UTF-8."),
-    entry("json_parse(text: text) -> value", "Reads JSON, nested at most 64 levels."),
-    entry("json_format(value) -> text", "Writes compact JSON; fields in alphabetical order."),
-    entry("regex_match(text: text, pattern: text) -> bool", "Whether the pattern matches anywhere. Linear time."),
-    entry("regex_find(text: text, pattern: text) -> text | ()", "The first match, or `()`."),
-    entry("regex_captures(text: text, pattern: text) -> array", "The first match and its groups, or an empty array."),
-    entry(
-        "regex_replace(text: text, pattern: text, with: text) -> text",
-        "Replaces every match; `$1` or `${name}` is a group.",
-    ),
-    entry(
-        "time_parse(text: text, format: text) -> text",
-        "Reads a time by a strftime format and gives RFC 3339; UTC where no offset is read.",
-    ),
-    entry("time_format(time: text, format: text) -> text", "Writes an RFC 3339 time by a strftime format, in UTC."),
-    entry(
-        "time_add(time: text, by) -> text",
-        "Adds seconds (a number) or a duration such as `\"5m\"` or `\"-1h30m\"`.",
-    ),
-    entry("time_diff(later: text, earlier: text) -> float", "The seconds between two times."),
-    entry("time_unix(time: text) -> int", "Whole seconds since 1970."),
-    entry("time_from_unix(seconds) -> text", "The time so many seconds after 1970."),
-    entry("redact(value) -> text", "`***`, whatever the value; `()` stays `()`."),
-    entry(
-        "redact(text: text, keep: int) -> text",
-        "`***` and the last `keep` letters, if at least twice as many are hidden.",
-    ),
-    entry(
-        "env(name: text) -> text | ()",
-        "An environment variable that the stage's `env:` list names; `()` if it is not set.",
-    ),
-];
 
 /// Registers every function of the table.
 pub(super) fn register(engine: &mut Engine) {
@@ -268,46 +209,4 @@ fn bytes_of(value: &Dynamic) -> Answer<Vec<u8>> {
 fn text_of(decoded: Result<Vec<u8>, base64::DecodeError>) -> Answer<ImmutableString> {
     let bytes = decoded.or_else(|error| raise(format!("no base64: {error}")))?;
     String::from_utf8(bytes).map(ImmutableString::from).or_else(|_| raise("what is in the base64 is no UTF-8 text"))
-}
-
-/// Every function with its signature, as a table in Markdown.
-pub fn functions_table() -> String {
-    let mut out = String::from(
-        "# Functions for scripts and expressions\n\nGenerated from the code; see `src/transform/functions.rs`.\n\n| function | what it gives |\n|---|---|\n",
-    );
-    for Entry { signature, does } in TABLE {
-        let _: std::fmt::Result =
-            writeln!(out, "| `{}` | {} |", signature.replace('|', "\\|"), does.replace('|', "\\|"));
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-
-    #[test]
-    fn the_table_that_is_checked_in_is_that_of_the_code() {
-        crate::testing::checked_in("src/transform/FUNCTIONS.md", &functions_table());
-    }
-
-    /// The name in a signature and how many arguments it takes.
-    fn shape(signature: &str) -> (String, usize) {
-        let (name, rest) = signature.split_once('(').unwrap();
-        let arguments = rest.split_once(')').unwrap().0;
-        let count = arguments.split(',').filter(|argument| !argument.trim().is_empty()).count();
-        (name.trim().to_owned(), count)
-    }
-
-    #[test]
-    fn the_table_names_what_is_registered_and_nothing_else() {
-        let mut engine = Engine::new_raw();
-        register(&mut engine);
-        let registered: BTreeSet<_> = engine.gen_fn_signatures(false).iter().map(|line| shape(line)).collect();
-        let listed: BTreeSet<_> = TABLE.iter().map(|entry| shape(entry.signature)).collect();
-        assert_eq!(registered, listed);
-        assert!(listed.len() > 25, "the signatures were not read");
-    }
 }

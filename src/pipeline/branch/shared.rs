@@ -156,8 +156,8 @@ mod tests {
         Compiler::new(Clock::manual(NEW_YEAR), [].into()).stages(&[stage]).unwrap()
     }
 
-    fn made(payload: &str) -> Made {
-        Ok(Outcome::Deliver(vec![Event::original(Arc::new(record(payload)))]))
+    fn outcome(payload: &str) -> Outcome {
+        Outcome::Deliver(vec![Event::original(Arc::new(record(payload)))])
     }
 
     /// What is there for the record at `position`: a payload, or why there is none.
@@ -172,7 +172,7 @@ mod tests {
 
     fn keep(shared: &Shared, position: u64, stages: &Transform, others: usize, payload: &str) {
         let Found::Mine(claim) = shared.look(Position(position), stages, others) else { panic!("not mine") };
-        claim.keep(&made(payload));
+        claim.keep(&Ok(outcome(payload)));
     }
 
     fn held(shared: &Shared) -> (usize, usize) {
@@ -210,7 +210,7 @@ mod tests {
         // A run of the old ones that ends late does not take the place of the new one's.
         let Found::Mine(late) = shared.look(Position(2), &old, 9) else { panic!() };
         keep(&shared, 2, &new, 9, "new");
-        late.keep(&made("old"));
+        late.keep(&Ok(outcome("old")));
         assert_eq!(look(&shared, 2, &new), "new");
     }
 
