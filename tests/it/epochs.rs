@@ -1,6 +1,6 @@
 //! What the log keeps of a pipeline file that changes: the file as it was written, and of the environment nothing.
 
-use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,20 +9,12 @@ use serde_json::{Value, json};
 use crate::harness::{Place, Receiver, until, until_status};
 use crate::reload::reload;
 
-/// Every file below a folder.
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
-    }
-    found
-}
-
-/// The files under `data/` that hold this text.
-fn holding(place: &Place, text: &str) -> Vec<PathBuf> {
-    let has = |path: &PathBuf| std::fs::read(path).unwrap().windows(text.len()).any(|bytes| bytes == text.as_bytes());
-    files(&place.path("data")).into_iter().filter(has).collect()
+/// The files under `data/` that hold this text. By grep: they are large, and this is not a program that is optimised.
+fn holding(place: &Place, text: &str) -> Vec<String> {
+    let data = place.path("data");
+    let output = Command::new("grep").args(["-rlaF", "-e", text]).arg(&data).output().unwrap();
+    assert!(output.status.code().is_some_and(|code| code < 2), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().lines().map(ToOwned::to_owned).collect()
 }
 
 /// The files that the log keeps of each revision.
@@ -73,14 +65,14 @@ sink:
     // Journal and views: what a kill leaves, and what the checkpoint of a stop leaves.
     running.kill();
     for canary in CANARIES {
-        assert_eq!(holding(&place, canary), Vec::<PathBuf>::new(), "{canary} after a kill");
+        assert_eq!(holding(&place, canary), Vec::<String>::new(), "{canary} after a kill");
     }
     assert!(!holding(&place, "a comment, which is part").is_empty(), "the search finds what is there");
     running = place.start().await;
     running.accepted("secrets", Some("k"), json!({"n": 1})).await;
     assert!(running.stop().await.success());
     for canary in CANARIES {
-        assert_eq!(holding(&place, canary), Vec::<PathBuf>::new(), "{canary} after a stop");
+        assert_eq!(holding(&place, canary), Vec::<String>::new(), "{canary} after a stop");
         assert!(!running.log().contains(canary), "{canary} in the log lines");
     }
     let kept = epochs(&place);
@@ -145,8 +137,12 @@ async fn row_16_a_branch_that_is_removed_and_added_again_goes_on_and_skips_what_
     })
     .await;
     assert_eq!(bodies(&goes), ["\"before\"", "\"after\""]);
-    let mut all = bodies(&stays);
-    // A kill may repeat what had been sent.
-    all.dedup();
+    // A kill may repeat what had been sent, from an earlier point on.
+    let mut all = Vec::new();
+    for body in bodies(&stays) {
+        if !all.contains(&body) {
+            all.push(body);
+        }
+    }
     assert_eq!(all, ["\"before\"", "\"between\"", "\"after\""]);
 }

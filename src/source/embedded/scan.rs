@@ -14,6 +14,8 @@ use super::disk::{Access, Disk, read_all};
 use super::frame::{HEADER_BYTES, Header, MAGIC, NotAFrame, read_frame};
 use super::journal::{BadHeader, DATA_START, FileHeader, live_numbers, live_path};
 
+const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
 /// One frame as it lies in the journal.
 pub struct Scanned {
     /// Its header.
@@ -232,7 +234,7 @@ impl<F: FnMut(Vec<Scanned>)> Walk<'_, F> {
     ) -> Result<Option<(usize, Sequence)>, ScanError> {
         if limit.is_none() && !is_rot(bytes, at, salt, next) {
             let rest = bytes.slice(at..);
-            let len = rest.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            let len = written(&rest);
             if len > 0 {
                 // Copied: a slice would hold on to the whole file.
                 let bytes = Bytes::copy_from_slice(rest.get(..len).unwrap_or_default());
@@ -257,6 +259,15 @@ impl<F: FnMut(Vec<Scanned>)> Walk<'_, F> {
         }
         Ok(later.map(|(found, header)| (found, header.sequence)))
     }
+}
+
+/// Where the bytes end that are not zero. Most of a file is zeros, so whole blocks are compared at once.
+fn written(bytes: &[u8]) -> usize {
+    let mut rest = bytes;
+    while let Some(shorter) = rest.strip_suffix(&ZEROS) {
+        rest = shorter;
+    }
+    rest.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
 }
 
 /// Reads one whole group at `at`. Its first frame must have the sequence `next`.
@@ -289,6 +300,8 @@ fn is_rot(bytes: &[u8], at: usize, salt: u32, damaged: Sequence) -> bool {
 /// The first group start from `from` on that `fits`.
 fn later_group(bytes: &[u8], from: usize, salt: u32, fits: impl Fn(&Header) -> bool) -> Option<(usize, Header)> {
     let mut from = from;
+    // A header may end with zeros of its own; it does not begin behind what was written.
+    let bytes = bytes.get(..written(bytes) + HEADER_BYTES).unwrap_or(bytes);
     loop {
         let rest = bytes.get(from..)?;
         if rest.len() < HEADER_BYTES {
