@@ -12,6 +12,7 @@
 #![expect(unreachable_pub, reason = "the files share what the harness offers")]
 
 mod crash;
+mod dead_letters;
 mod harness;
 mod hop;
 mod hostile;
@@ -20,6 +21,7 @@ mod outage;
 mod quickstart;
 mod real_data;
 mod reload;
+mod secrets;
 mod shutdown;
 mod sink_conformance;
 mod spec_errors;
