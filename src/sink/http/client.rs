@@ -156,7 +156,7 @@ fn is_tls(error: &reqwest::Error) -> bool {
     let mut cause = std::error::Error::source(error);
     while let Some(next) = cause {
         let inner = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        if next.is::<rustls::Error>() || inner.is_some_and(|inner| inner.is::<rustls::Error>()) {
+        if next.is::<rustls::Error>() || inner.is_some_and(<dyn std::error::Error + Send + Sync>::is::<rustls::Error>) {
             return true;
         }
         cause = next.source();

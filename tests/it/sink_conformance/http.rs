@@ -226,7 +226,7 @@ async fn a_wait_that_the_target_names_as_a_date_is_kept() {
         match one(&*http(&web, json!({}))).await {
             // A second is lost in the date, and the test takes its time.
             Err((Verdict::After(wait), _)) => {
-                assert!(wait > Duration::from_secs(800) && wait <= Duration::from_secs(1_000))
+                assert!(wait > Duration::from_secs(800) && wait <= Duration::from_secs(1_000));
             }
             other => panic!("{status}: {other:?}"),
         }
