@@ -36,6 +36,9 @@ pub(super) enum BranchVerb {
     Skip {
         #[command(flatten)]
         which: Which,
+        /// This record instead of the oldest
+        #[arg(long, help_heading = "This call")]
+        id: Option<String>,
     },
 }
 
@@ -68,7 +71,10 @@ pub(super) async fn branch(verb: BranchVerb) -> Result<(), Stop> {
             which.order("pause", body.as_ref()).await
         }
         BranchVerb::Resume { which } => which.order("resume", None).await,
-        BranchVerb::Skip { which } => which.order("skip", None).await,
+        BranchVerb::Skip { which, id } => {
+            let body = id.map(|id| json!({ "id": id }));
+            which.order("skip", body.as_ref()).await
+        }
     }
 }
 

@@ -16,6 +16,9 @@ pub(super) enum DeadLettersVerb {
         /// At most so many
         #[arg(long, help_heading = "This call", default_value_t = 100)]
         limit: u32,
+        /// Go on behind the page before; its end names this
+        #[arg(long, help_heading = "This call", value_name = "TOKEN")]
+        after: Option<String>,
         /// How to print the list
         #[arg(long, env = "WALFLOW_OUTPUT", value_enum, default_value_t)]
         output: Output,
@@ -70,6 +73,15 @@ pub(super) struct Which {
     /// Only this key
     #[arg(long, help_heading = "This call")]
     key: Option<String>,
+    /// Only those given up at or after this time
+    #[arg(long, help_heading = "This call", value_name = "TIME")]
+    from: Option<String>,
+    /// Only those given up before this time
+    #[arg(long, help_heading = "This call", value_name = "TIME")]
+    to: Option<String>,
+    /// Only those whose last error contains this
+    #[arg(long, help_heading = "This call", value_name = "TEXT")]
+    error_contains: Option<String>,
 }
 
 impl Which {
@@ -77,13 +89,16 @@ impl Which {
         format!("/api/v1/wal/namespace/{}/dead-letters", segment(&self.namespace))
     }
 
-    fn narrow(&self) -> [(&'static str, Option<String>); 4] {
+    fn narrow(&self) -> [(&'static str, Option<String>); 7] {
         let copy = Clone::clone;
         [
             ("id", copy(&self.id)),
             ("branch", copy(&self.branch)),
             ("reason", copy(&self.reason)),
             ("key", copy(&self.key)),
+            ("from", copy(&self.from)),
+            ("to", copy(&self.to)),
+            ("errorContains", copy(&self.error_contains)),
         ]
     }
 
@@ -94,7 +109,9 @@ impl Which {
 
 pub(super) async fn dead_letters(verb: DeadLettersVerb) -> Result<(), Stop> {
     match verb {
-        DeadLettersVerb::List { which, limit, output, remote } => list(&which, limit, output, &remote).await,
+        DeadLettersVerb::List { which, limit, after, output, remote } => {
+            list(&which, limit, after, output, &remote).await
+        }
         DeadLettersVerb::Show { namespace, id, remote } => show(&namespace, &id, &remote).await,
         DeadLettersVerb::Replay { which, force, remote } => {
             let mut body = which.body();
@@ -121,9 +138,9 @@ pub(super) async fn dead_letters(verb: DeadLettersVerb) -> Result<(), Stop> {
     }
 }
 
-async fn list(which: &Which, limit: u32, form: Output, remote: &Remote) -> Result<(), Stop> {
+async fn list(which: &Which, limit: u32, after: Option<String>, form: Output, remote: &Remote) -> Result<(), Stop> {
     let mut pairs = which.narrow().to_vec();
-    pairs.push(("limit", Some(limit.to_string())));
+    pairs.extend([("limit", Some(limit.to_string())), ("after", after)]);
     let answer = remote.get(&format!("{}{}", which.path(), query(&pairs))).await?;
     if form == Output::Json {
         return Ok(output::json(&answer)?);
@@ -143,8 +160,8 @@ async fn list(which: &Which, limit: u32, form: Output, remote: &Remote) -> Resul
         return Ok(());
     }
     output::data(&output::table(&columns.map(|(title, _)| title), &rows))?;
-    if answer.get("next").is_some_and(Value::is_string) {
-        output::notice("there are more; narrow the list or raise --limit");
+    if let Some(next) = answer.get("next").and_then(Value::as_str) {
+        output::notice(&format!("there are more; --after {next} goes on, or narrow the list"));
     }
     Ok(())
 }

@@ -406,6 +406,29 @@ sink:
     }
 
     #[test]
+    fn a_plan_and_its_file_show_no_secret_to_whoever_debugs() {
+        let http = r#"namespace: hooks
+replicate:
+  regions:
+    us: { url: "https://me:${US}@h/${US}?t=${US}", proxy: "http://me:${US}@p:3128" }
+    eu: { headers: { X-Key: "${US}", Authorization: "Bearer ${US}" } }
+transform: [{ inline: 'payload.salt = env("SALT");', env: [SALT] }]
+sink: { http: { url: "https://${US}@h/", sign: { secret: "whsec_${US}" } } }
+"#;
+        let secret = "CANARYcanaryCANARYcanaryCANARYcanary";
+        for (yaml, us) in [(FULL, format!("redis://me:{secret}@us/1")), (http, secret.to_owned())] {
+            let environment = environment(&us);
+            let loaded = load_text(Text::new("p/cache.yaml", yaml), neighbours(), &environment);
+            let plan = plan(yaml, &environment);
+            for shown in
+                [format!("{plan:?}"), format!("{plan:#?}"), format!("{loaded:?}"), format!("{:?}", loaded.spec)]
+            {
+                assert!(!shown.contains("CANARY") && !shown.contains("pepper"), "{shown}");
+            }
+        }
+    }
+
+    #[test]
     fn a_revision_follows_file_scripts_and_environment() {
         let one = plan(FULL, &environment("redis://us/1")).revision;
         assert_eq!(plan(FULL, &environment("redis://us/1")).revision, one);

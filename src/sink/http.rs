@@ -13,6 +13,7 @@ mod sign;
 mod verdict;
 
 use std::collections::HashSet;
+use std::fmt;
 
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -25,11 +26,11 @@ use self::request::Requests;
 pub use self::settings::delivered_note;
 pub(super) use self::settings::{check, url_varies};
 pub use self::verdict::{Meaning, Row, TABLE, WITHOUT_STATUS, verdict_table};
-use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, Verdict, Written};
+use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, Verdict, Written, shown_address};
 use crate::units::Span;
 
 /// `http:` — one request a record; with `batch:` one a batch, the body a JSON array or NDJSON.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HttpSpec {
     /// Where; scheme and host are literal.
@@ -66,6 +67,20 @@ pub struct HttpSpec {
     pub verdicts: IndexMap<String, VerdictSpec>,
 }
 
+impl fmt::Debug for HttpSpec {
+    /// Shows what is no secret: of addresses the host, of headers the names.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpSpec")
+            .field("url", &shown_address(&self.url))
+            .field("method", &self.method)
+            .field("headers", &self.headers.keys().collect::<Vec<_>>())
+            .field("sign", &self.sign)
+            .field("tls", &self.tls)
+            .field("proxy", &self.proxy.as_deref().map(shown_address))
+            .finish_non_exhaustive()
+    }
+}
+
 /// `http.format:`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -77,13 +92,19 @@ pub enum BatchFormat {
 }
 
 /// `http.sign:` — one of the two.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SignSpec {
     /// The secret, `whsec_…`; several separated by spaces while rotating.
     pub secret: Option<String>,
     /// A file that holds it, read when the branch starts and when the pipeline is loaded again.
     pub secret_file: Option<String>,
+}
+
+impl fmt::Debug for SignSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SignSpec").field("secret_file", &self.secret_file).finish_non_exhaustive()
+    }
 }
 
 /// `http.tls:`

@@ -204,6 +204,13 @@ impl SpecFault {
     }
 }
 
+/// Scheme and host of an address: who else is named in it, its path and its query may be secrets.
+fn shown_address(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return "…".to_owned() };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    format!("{scheme}://{}", authority.rsplit('@').next().unwrap_or_default())
+}
+
 /// Opens a sink. Touches no network: connections are made when they are needed and made again when they break, so that a
 /// target that is away stops no start.
 ///

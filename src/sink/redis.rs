@@ -8,6 +8,7 @@ mod command;
 mod connection;
 mod verdict;
 
+use std::fmt;
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};
@@ -19,11 +20,13 @@ use self::command::Case;
 use self::connection::Connection;
 use self::verdict::judge;
 use super::template::Scope;
-use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, tls};
+use super::{
+    BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, shown_address, tls,
+};
 use crate::units::Span;
 
 /// `redis:` — one command a record, chosen by the first case that matches.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RedisSpec {
     /// `redis://…` or `rediss://…`; may come from a region.
@@ -32,6 +35,17 @@ pub struct RedisSpec {
     pub cases: Vec<RedisCaseSpec>,
     /// Longest wait for an answer. Default: 5s.
     pub timeout: Option<Span>,
+}
+
+impl fmt::Debug for RedisSpec {
+    /// Shows what is no secret: of the address the host.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisSpec")
+            .field("url", &self.url.as_deref().map(shown_address))
+            .field("cases", &self.cases)
+            .field("timeout", &self.timeout)
+            .finish()
+    }
 }
 
 /// One case of `redis.cases:`.

@@ -373,7 +373,7 @@ pub trait Shelf: Send + Sync {
     /// When the log is closed.
     fn replay(&self, query: DeadQuery, force: bool) -> BoxFuture<'static, Result<Replayed, LogError>>;
 
-    /// Deletes matching dead letters for good; answers how many.
+    /// Deletes matching dead letters for good, the oldest first, at most `query.limit`; answers how many.
     ///
     /// # Errors
     /// When the log is closed.

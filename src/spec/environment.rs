@@ -57,7 +57,7 @@ impl fmt::Debug for Used {
 }
 
 /// A scalar after expansion.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Expanded {
     /// The text now.
     pub text: String,
@@ -65,6 +65,13 @@ pub struct Expanded {
     pub used: Vec<Used>,
     /// The scalar is exactly one reference.
     pub whole: bool,
+}
+
+impl fmt::Debug for Expanded {
+    /// The text holds what came from outside.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Expanded").field("used", &self.used).field("whole", &self.whole).finish_non_exhaustive()
+    }
 }
 
 /// A reference that cannot be expanded.

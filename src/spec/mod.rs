@@ -19,6 +19,8 @@ pub mod tree;
 pub use load::{LARGEST_FILE, Load, Loaded, Neighbours, load, load_text};
 pub use publish::{defaults_table, json_schema};
 
+use std::fmt;
+
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -242,7 +244,7 @@ pub struct ReplicateSpec {
 }
 
 /// One region: with one sink the kind's fields, with several keyed by sink name; and a transform of its own.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RegionSpec {
     /// Stages for this region only, after the pipeline's own.
@@ -252,6 +254,17 @@ pub struct RegionSpec {
     /// Fields that override the sink's.
     #[serde(flatten)]
     pub overrides: IndexMap<String, serde_json::Value>,
+}
+
+impl fmt::Debug for RegionSpec {
+    /// Shows which fields are overridden: their values may be addresses with a password in them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RegionSpec")
+            .field("transform", &self.transform)
+            .field("was", &self.was)
+            .field("overrides", &self.overrides.keys().collect::<Vec<_>>())
+            .finish()
+    }
 }
 
 /// `retired.NAME:`

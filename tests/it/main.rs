@@ -14,6 +14,7 @@
 mod command;
 mod crash;
 mod epochs;
+mod dead_letters;
 mod harness;
 mod hop;
 mod hostile;
@@ -22,6 +23,7 @@ mod outage;
 mod quickstart;
 mod real_data;
 mod reload;
+mod secrets;
 mod shutdown;
 mod sink_conformance;
 mod spec_errors;

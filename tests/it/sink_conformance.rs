@@ -4,6 +4,7 @@
 
 mod http;
 mod redis;
+mod tls;
 mod web;
 
 use std::collections::BTreeSet;

@@ -1,5 +1,6 @@
 //! Each rule of a branch, on the log in memory with a scripted target and a clock that follows tokio's.
 
+mod batches;
 mod copies;
 mod ends;
 mod order;

@@ -120,8 +120,9 @@ impl Connector {
         match client.execute(request).await {
             Ok(answer) => self.answered(&line, answer).await,
             Err(error) => {
-                // Before there is a connection nothing of this record was seen.
-                let down = error.is_connect() || error.is_builder();
+                // Before there is a connection nothing of this record was seen. A server that misses the client's
+                // certificate may say so only when the request is on its way.
+                let down = error.is_connect() || error.is_builder() || is_tls(&error);
                 let verdict = if down { Verdict::Down } else { Verdict::Backoff };
                 let late = !error.is_connect() && error.is_timeout();
                 let why = if late { format!("no answer within {:?}", self.timeout) } else { chain(error) };
@@ -148,6 +149,19 @@ fn line(request: &Request) -> String {
     let url = request.url();
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     format!("{} {}{port}", request.method(), url.host_str().unwrap_or_default())
+}
+
+/// True when the two ends could not agree on a secure connection.
+fn is_tls(error: &reqwest::Error) -> bool {
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        let inner = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        if next.is::<rustls::Error>() || inner.is_some_and(<dyn std::error::Error + Send + Sync>::is::<rustls::Error>) {
+            return true;
+        }
+        cause = next.source();
+    }
+    false
 }
 
 /// An error with its causes, without the URL.

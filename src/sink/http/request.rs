@@ -5,8 +5,10 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, USER_AGENT};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use reqwest::Url;
 use sha2::{Digest, Sha256};
@@ -173,8 +175,12 @@ impl Requests {
         };
         let scope = Scope::new(first, &self.context);
         let url = self.url.render_url(&scope)?;
-        let url = Url::parse(&url).map_err(|error| Failure::rendering(format!("the URL does not work: {error}")))?;
+        let mut url =
+            Url::parse(&url).map_err(|error| Failure::rendering(format!("the URL does not work: {error}")))?;
         let mut headers = HeaderMap::new();
+        if let Some(login) = login(&mut url) {
+            headers.insert(AUTHORIZATION, login);
+        }
         headers.insert(USER_AGENT, HeaderValue::from_static(concat!("walflow/", env!("CARGO_PKG_VERSION"))));
         if let Some(content_type) = body.content_type {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
@@ -187,9 +193,10 @@ impl Requests {
         }
         for (name, template) in &self.headers {
             let value = template.render_text(&scope)?;
-            let value = HeaderValue::from_str(&value).map_err(|_| {
+            let mut value = HeaderValue::from_str(&value).map_err(|_| {
                 Failure::rendering(format!("the header {name} would hold a line end or another control character"))
             })?;
+            value.set_sensitive(true);
             headers.insert(name, value);
         }
         let timestamp = (self.context.clock.now().as_millis() / 1_000).to_string();
@@ -207,6 +214,41 @@ impl Requests {
         }
         Ok(request)
     }
+}
+
+/// What stands before the host, as the header that carries it; the URL goes on without it, also in the logs of libraries.
+fn login(url: &mut Url) -> Option<HeaderValue> {
+    let (user, password) = (url.username().to_owned(), url.password().map(ToOwned::to_owned));
+    if user.is_empty() && password.is_none() {
+        return None;
+    }
+    // A URL with a host takes both.
+    let _ = (url.set_username(""), url.set_password(None));
+    let mut pair = percent_decoded(&user);
+    pair.push(b':');
+    pair.extend(percent_decoded(&password.unwrap_or_default()));
+    let mut value = HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(pair))).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+fn percent_decoded(text: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut rest = text.as_bytes();
+    while let Some((first, behind)) = rest.split_first() {
+        let code = behind.get(..2).filter(|_| *first == b'%').and_then(|code| std::str::from_utf8(code).ok());
+        match code.and_then(|code| u8::from_str_radix(code, 16).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                rest = behind.get(2..).unwrap_or_default();
+            }
+            None => {
+                out.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    out
 }
 
 /// The identity of a request, the same whenever it carries the same records.
@@ -271,6 +313,20 @@ mod tests {
         let expected =
             Secrets::parse("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap().sign(&id, "1609459200", b"{ \"a\": 1.10 }");
         assert_eq!(header("webhook-signature"), expected);
+    }
+
+    #[test]
+    fn what_stands_before_the_host_becomes_a_header_and_leaves_the_url() {
+        let plain = operation("1");
+        let sent = |spec: serde_json::Value| single(&requests(&spec), &plain).0;
+        let request = sent(json!({"url": "http://me:p%40ss%3A@h:81/x"}));
+        assert_eq!(request.url().as_str(), "http://h:81/x");
+        assert_eq!(request.headers()["authorization"], format!("Basic {}", STANDARD.encode("me:p@ss:")));
+        let request = sent(json!({"url": "http://me@h/"}));
+        assert_eq!(request.headers()["authorization"], format!("Basic {}", STANDARD.encode("me:")));
+        let request = sent(json!({"url": "http://me:p@h/", "headers": {"Authorization": "Bearer t"}}));
+        assert_eq!(request.headers()["authorization"], "Bearer t", "the file's own word wins");
+        assert!(sent(json!({"url": "http://h/"})).headers().get("authorization").is_none());
     }
 
     #[test]

@@ -272,6 +272,7 @@ suite! {
         a_dead_letter_ends_its_row_and_is_listed_by_each_filter
         replay_sends_back_in_order_and_leaves_what_was_overtaken
         a_purged_letter_does_not_come_again
+        a_purge_takes_no_more_than_it_was_told
         a_pause_outlives_a_restart_until_it_is_cleared
         marks_outlive_a_restart_until_the_frontier_has_passed
         a_closed_shelf_says_so;

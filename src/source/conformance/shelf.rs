@@ -258,6 +258,16 @@ pub(super) async fn a_purged_letter_does_not_come_again<K: Kind>(kind: K) {
     assert!(start.ended.contains(&row(&entries[1])), "the frontier has not passed it: {:?}", start.ended);
 }
 
+pub(super) async fn a_purge_takes_no_more_than_it_was_told<K: Kind>(kind: K) {
+    let entries = three(&kind).await;
+    let shelf = kind.shelf();
+    let dead = entries.iter().map(|entry| letter(&kind, entry, DeadReason::Refused, false)).collect();
+    settle(&shelf, Settlement { dead, ..Settlement::default() }).await;
+    assert_eq!(shelf.purge(DeadQuery { limit: 2, ..DeadQuery::default() }).await.unwrap(), 2);
+    let left = shelf.dead_letters(all()).await.unwrap().rows;
+    assert_eq!(left.iter().map(|letter| letter.row).collect::<Vec<_>>(), [row(&entries[2])], "the oldest go first");
+}
+
 pub(super) async fn a_pause_outlives_a_restart_until_it_is_cleared<K: Kind>(kind: K) {
     append(&kind.log(), &["0"]).await;
     kind.log().open_branch(&branch(), Start::Earliest).await.unwrap();

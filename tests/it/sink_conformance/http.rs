@@ -217,45 +217,44 @@ async fn a_batch_that_is_refused_whole_is_not_tried_record_by_record_for_ever() 
 }
 
 #[tokio::test]
-async fn tls_is_checked_against_the_files_authority() {
-    use std::io::{Read, Write};
-    use std::net::TcpListener;
-
-    use rustls::pki_types::pem::PemObject;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-
-    sink::tls::provider();
-    let certificate = CertificateDer::from_pem_slice(include_bytes!("server.pem")).unwrap();
-    let key = PrivateKeyDer::from_pem_slice(include_bytes!("server.key")).unwrap();
-    let config =
-        rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
-    let config = Arc::new(config);
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let connection = rustls::ServerConnection::new(config.clone()).unwrap();
-            let mut stream = rustls::StreamOwned::new(connection, stream.unwrap());
-            let mut request = [0; 4096];
-            // A client that does not trust the certificate leaves before it has sent anything.
-            if stream.read(&mut request).is_ok() {
-                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+async fn a_wait_that_the_target_names_as_a_date_is_kept() {
+    let at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(1_000);
+    let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&at).unwrap();
+    for status in [429, 503] {
+        let date = date.clone();
+        let web = Web::start_with(move |_| Answer::with(status, &format!("retry-after: {date}\r\n"), "")).await;
+        match one(&*http(&web, json!({}))).await {
+            // A second is lost in the date, and the test takes its time.
+            Err((Verdict::After(wait), _)) => {
+                assert!(wait > Duration::from_secs(800) && wait <= Duration::from_secs(1_000));
             }
+            other => panic!("{status}: {other:?}"),
         }
-    });
-    let folder = tempfile::tempdir().unwrap();
-    let authority = folder.path().join("ca.pem");
-    std::fs::write(&authority, include_bytes!("ca.pem")).unwrap();
-    let url = format!("https://localhost:{port}/");
-    let trusting = open(&kind(json!({ "tls": { "ca_file": authority } }), url.clone(), false), "".into());
-    assert_eq!(one(&*trusting).await, Ok(()));
-    let (verdict, message) = one(&*open(&kind(json!({}), url, false), "".into())).await.unwrap_err();
+    }
+}
+
+#[tokio::test]
+async fn a_proxy_is_used_only_where_the_file_names_one_and_gets_its_own_credentials() {
+    let proxy =
+        Web::start_with(|request| Answer::status(if request.line.starts_with("CONNECT") { 407 } else { 200 })).await;
+    let address = proxy.url("").replace("http://", "http://user:canary@");
+    let through = |url: &str| open(&kind(json!({ "proxy": address }), url.to_owned(), false), "".into());
+    assert_eq!(one(&*through("http://me:word@target.invalid/in?a=1")).await, Ok(()));
+    let (verdict, message) = one(&*through("https://me:word@target.invalid/in")).await.unwrap_err();
     assert_eq!(verdict, Verdict::Down);
-    assert!(message.contains("certificate"), "{message}");
-    // The name counts too.
-    let url = format!("https://127.0.0.2:{port}/");
-    let other = open(&kind(json!({ "tls": { "ca_file": authority } }), url, false), "".into());
-    assert_eq!(one(&*other).await.unwrap_err().0, Verdict::Down);
+    assert!(!message.contains("canary") && !message.contains("word"), "{message}");
+    let seen = proxy.seen();
+    let lines: Vec<&str> = seen.iter().map(|request| request.line.as_str()).collect();
+    assert_eq!(lines, ["POST http://target.invalid/in?a=1", "CONNECT target.invalid:443"]);
+    for request in &seen {
+        assert_eq!(request.headers.get("proxy-authorization").map(String::as_str), Some("Basic dXNlcjpjYW5hcnk="));
+    }
+    assert_eq!(seen[0].headers.get("authorization").map(String::as_str), Some("Basic bWU6d29yZA=="));
+    assert_eq!(seen[1].headers.get("authorization"), None, "what is for the target stays in the tunnel");
+    // Nobody is there: the proxy is named, its password is not.
+    let gone = json!({ "proxy": "http://user:canary@127.0.0.1:1" });
+    let (verdict, message) = one(&*open(&kind(gone, "http://h/".to_owned(), false), "".into())).await.unwrap_err();
+    assert!(verdict == Verdict::Down && !message.contains("canary"), "{message}");
 }
 
 #[tokio::test]

@@ -32,7 +32,7 @@ async fn a_replayed_letter_goes_to_its_branch_again_and_an_overtaken_one_only_by
 async fn replayed_letters_go_at_their_rate_in_order_and_hold_up_no_other_record() {
     let mut bench = Bench::new("  dead_letters: { replay: 50/s }\n").await;
     bench.handle.stop().await;
-    let key = |number: u64| (number % 2 == 0).then(|| format!("k{}", number % 10));
+    let key = |number: u64| number.is_multiple_of(2).then(|| format!("k{}", number % 10));
     for number in 0..1_000 {
         bench.write(number, key(number).as_deref()).await;
     }
@@ -53,7 +53,7 @@ async fn replayed_letters_go_at_their_rate_in_order_and_hold_up_no_other_record(
     let entries = opened.subscription.next(1_000, usize::MAX).await.unwrap();
     let frontier = entries.last().map(|entry| entry.position);
     let dead = entries.into_iter().map(letter).collect();
-    bench.log.settle(&bench.branch(), Settlement { dead, frontier, ..Settlement::default() }).await.unwrap();
+    bench.log.settle(&bench.branch(), Settlement { frontier, dead, ..Settlement::default() }).await.unwrap();
     bench.restart().await;
     let began = Instant::now();
     let all = DeadQuery { limit: 10_000, ..DeadQuery::default() };

@@ -102,12 +102,17 @@ impl EmbeddedNamespace {
         let number = self.space.number;
         let mut purged = 0;
         loop {
-            let page = DeadQuery { limit: GROUP, after: None, ..query.clone() };
-            let letters = self.ask(move |reader| reader.dead_page(number, &page)).await?.rows;
+            let limit = GROUP.min(query.limit.max(1) - purged);
+            let page = DeadQuery { limit, after: None, ..query.clone() };
+            let letters = if limit == 0 {
+                Vec::new()
+            } else {
+                self.ask(move |reader| reader.dead_page(number, &page)).await?.rows
+            };
             if letters.is_empty() {
-                return Ok(purged);
+                return Ok(purged as u64);
             }
-            purged += letters.len() as u64;
+            purged += letters.len();
             let purge = |letter: DeadLetter| Change::Purge { branch: letter.branch, row: letter.row };
             self.change(letters.into_iter().map(purge).collect()).await?;
         }
