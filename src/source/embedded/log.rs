@@ -99,7 +99,13 @@ impl Embedded {
         }
         let mut spaces = self.shared.spaces.write();
         if let Some(space) = spaces.by_name.get(name) {
-            *space.settings.write() = settings;
+            let mut known = space.settings.write();
+            if (known.backlog_age, known.drop_oldest) != (settings.backlog_age, settings.drop_oldest) {
+                // Found by the bound of before; the next look goes by the new one.
+                space.aged.store(0, Ordering::Release);
+            }
+            *known = settings;
+            drop(known);
             return Ok(Arc::new(EmbeddedNamespace::new(Arc::clone(&self.shared), Arc::clone(space))));
         }
         let number = NamespaceNumber(spaces.next);

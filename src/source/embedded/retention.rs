@@ -1,12 +1,15 @@
-//! What may be forgotten: finished records beyond age and size, unfinished ones beyond the backlog's age where the file
-//! says to drop, keys beyond their window.
+//! What may be forgotten: finished records beyond age and size, unfinished ones beyond the backlog's age and size where
+//! the file says to drop, keys beyond their window.
 //!
 //! It only asks for `Trim` and `Cursor` frames; files are removed when those are durable.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
+use super::age::too_old;
 use super::change::Change;
+use super::options::NamespaceSettings;
 use super::queue::Draft;
 use super::segment::load_index;
 use super::shared::Shared;
@@ -25,13 +28,18 @@ pub(super) fn look(shared: &Arc<Shared>) -> Option<Timestamp> {
         if settings.drop_oldest {
             drop_overflow(shared, space);
         }
+        look_at_age(shared, space, &settings, now);
         let kept = Position(space.first_kept.load(Ordering::Acquire));
         if let Some(first) = first_to_keep(shared, space, now).filter(|first| *first > kept) {
             shared.send(space, vec![Draft::Change(Change::Trim { first })]);
         }
     }
     let window = window?;
-    Some(Timestamp::from_millis(now.as_millis().saturating_sub(i64::try_from(window.as_millis()).unwrap_or(i64::MAX))))
+    Some(before(now, window))
+}
+
+fn before(now: Timestamp, span: Duration) -> Timestamp {
+    Timestamp::from_millis(now.as_millis().saturating_sub(i64::try_from(span.as_millis()).unwrap_or(i64::MAX)))
 }
 
 /// The first record of the oldest segment that is still needed, if an older one can go.
@@ -73,7 +81,31 @@ pub(super) fn drop_overflow(shared: &Shared, space: &Arc<Space>) {
     }
     // A tenth more than needed, so that it does not happen for each record.
     let first = space.position_for_bytes(limit - limit / 10);
-    let target = Position(first.0.saturating_sub(1));
+    drop_up_to(shared, space, Position(first.0.saturating_sub(1)), "the backlog is full");
+}
+
+/// What is unfinished for longer than the backlog may be old: dropped, or noted so that writes are refused.
+fn look_at_age(shared: &Shared, space: &Arc<Space>, settings: &NamespaceSettings, now: Timestamp) {
+    let aged = too_old(shared, space, before(now, settings.backlog_age)).unwrap_or_default();
+    if settings.drop_oldest {
+        space.aged.store(0, Ordering::Release);
+        if aged > Position(0) {
+            drop_up_to(shared, space, aged, "they are older than backlog.age");
+        }
+        return;
+    }
+    let before = space.aged.swap(aged.0, Ordering::AcqRel);
+    match (before > 0, space.behind(aged)) {
+        (false, Some((branch, _))) => {
+            tracing::error!(namespace = ?space.name, %branch, "its records are unfinished for longer than backlog.age: writes are refused");
+        }
+        (true, None) => tracing::info!(namespace = ?space.name, "nothing is older than backlog.age: writes are taken"),
+        _ => {}
+    }
+}
+
+/// Moves the cursors of all branches that are behind `target` there, and counts what that ends.
+fn drop_up_to(shared: &Shared, space: &Arc<Space>, target: Position, why: &str) {
     let behind: Vec<_> = {
         let branches = space.branches.lock();
         branches.iter().filter(|(_, branch)| branch.wanted < target).map(|(name, b)| (name.clone(), b.wanted)).collect()
@@ -81,7 +113,7 @@ pub(super) fn drop_overflow(shared: &Shared, space: &Arc<Space>) {
     for (branch, from) in behind {
         let dropped = target.0 - from.0;
         space.overflowed.fetch_add(dropped, Ordering::Relaxed);
-        tracing::error!(namespace = ?space.name, %branch, dropped, "the backlog is full: the oldest records are dropped");
+        tracing::error!(namespace = ?space.name, %branch, dropped, why, "the oldest unfinished records are dropped");
         super::queue::want_cursor(&shared.queue, space, &branch, target);
     }
     space.news.notify_waiters();

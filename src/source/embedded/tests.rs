@@ -1,5 +1,6 @@
 //! The log as a whole, with tiny files so that rotation and checkpoints happen in every run.
 
+mod age;
 mod crash;
 mod double;
 mod power;

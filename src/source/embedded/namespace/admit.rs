@@ -1,12 +1,14 @@
 //! Admission: bounds, idempotency keys, and the wait for the group that makes the writes durable.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use super::EmbeddedNamespace;
 use crate::clock::Timestamp;
+use crate::record::Position;
 use crate::source::embedded::keys::{Reservation, Reserve};
 use crate::source::embedded::queue::{Answer, Ask, Refusal, Request};
 use crate::source::embedded::retention::drop_overflow;
@@ -72,7 +74,7 @@ impl EmbeddedNamespace {
         if let Some(reason) = self.shared.refusal() {
             return Err(AdmitError::Closed { reason });
         }
-        if self.space.deleted.load(std::sync::atomic::Ordering::Acquire) {
+        if self.space.deleted.load(Ordering::Acquire) {
             return Err(AdmitError::Closed { reason: "its namespace was deleted".into() });
         }
         if self.shared.status.is_disk_full() {
@@ -82,6 +84,12 @@ impl EmbeddedNamespace {
         let limit = settings.max_record_bytes;
         if let Some(bytes) = writes.iter().map(|write| write.record.payload.len() as u64).find(|bytes| *bytes > limit) {
             return Err(AdmitError::TooLarge { bytes, limit });
+        }
+        let aged = Position(self.space.aged.load(Ordering::Acquire));
+        if aged > Position(0)
+            && let Some((branch, _)) = self.space.behind(aged)
+        {
+            return Err(AdmitError::BacklogOld { branch, limit: settings.backlog_age });
         }
         let bytes = self.space.unfinished_bytes();
         if bytes > settings.backlog_bytes {
