@@ -1,4 +1,4 @@
-//! How old the oldest unfinished records of a namespace are, for the bound `backlog.age`.
+//! How old the records of a namespace are, for the bounds `backlog.age` and `retention.age`.
 //!
 //! Takes the time before which a record is too old, gives the newest record that is. Memory answers for what is there,
 //! segments for the rest; a look goes on where the one before it ended, so that no segment is read twice for it.
@@ -11,7 +11,7 @@ use super::change::Change;
 use super::disk::{Access, read_full};
 use super::frame::{NotAFrame, read_frame};
 use super::index::{Index, Mark};
-use super::segment::{Extent, SEGMENT_HEADER, SegmentError, SegmentHeader, load_index, segment_path, tried};
+use super::segment::{Extent, SEGMENT_HEADER, Sealed, SegmentError, SegmentHeader, load_index, segment_path, tried};
 use super::shared::Shared;
 use super::space::Space;
 use crate::clock::Timestamp;
@@ -37,6 +37,24 @@ pub(super) fn too_old(shared: &Shared, space: &Space, floor: Timestamp) -> Optio
         }
     });
     newest.max(Some(known)).filter(|newest| *newest >= first)
+}
+
+/// Whether every record of a sealed segment was written before `floor`. Mostly answered without a look at the disk.
+pub(super) fn is_wholly_older(shared: &Shared, space: &Space, segment: Sealed, floor: Timestamp) -> bool {
+    if segment.newest.is_some_and(|newest| newest >= floor) {
+        return false;
+    }
+    let extent = Extent { first: segment.first, bytes: segment.bytes, sealed: true };
+    let newest = || {
+        let index = index(shared, space, extent)?;
+        if let Some(last) = index.marks.last() {
+            space.segments.lock().learn_newest(segment.first, last.time);
+        }
+        // The last mark may be far older than the last record.
+        let Some((mark, None)) = index.seek_time(floor) else { return Ok(false) };
+        Ok::<_, SegmentError>(read_before(shared, space, extent, mark, extent.bytes, floor)? >= index.last)
+    };
+    newest().unwrap_or(false)
 }
 
 /// The newest record from `from` on that a segment has and that was written before `floor`.

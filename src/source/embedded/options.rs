@@ -41,6 +41,8 @@ pub struct Options {
     pub tail_bytes: u64,
     /// How long changes wait before `state.db` commits them.
     pub commit_every: Duration,
+    /// How often retention and the age of the backlog are looked at, and a full disk.
+    pub look_every: Duration,
 }
 
 impl Options {
@@ -62,6 +64,7 @@ impl Options {
             due_bytes: 64 << 20,
             tail_bytes: 1 << 20,
             commit_every: Duration::from_millis(250),
+            look_every: Duration::from_secs(5),
         }
     }
 }

@@ -22,8 +22,8 @@ use crate::record::Position;
 /// Frames and bytes that one transaction of `state.db` takes at most.
 const COMMIT_FRAMES: usize = 20_000;
 const COMMIT_BYTES: usize = 16 << 20;
-/// How often retention is looked at, and a full disk.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Looks for which a trim waits for the checkpoint that lets it take a segment, before it brings one about.
+const HELD_LOOKS: u32 = 6;
 /// Journal files in use that bring a checkpoint about: repeated kills each leave one behind.
 const MANY_FILES: usize = 6;
 /// How long a full disk is waited for before the next look.
@@ -48,6 +48,8 @@ pub(super) struct Settler {
     replay: usize,
     /// By namespace: the active segment that the last checkpoint names. A start needs its file, so no trim takes it.
     marked: HashMap<NamespaceNumber, Position>,
+    /// Since when a trim waits for a checkpoint.
+    held_back: Option<Instant>,
     /// Deleted namespaces whose files go with the next checkpoint.
     doomed: Vec<Arc<Space>>,
 }
@@ -76,6 +78,7 @@ impl Settler {
             looked: now,
             replay,
             marked: marks.iter().map(|mark| (mark.namespace, mark.first)).collect(),
+            held_back: None,
             doomed: Vec::new(),
         }
     }
@@ -91,7 +94,7 @@ impl Settler {
         self.prepare()?;
         loop {
             let timeout = if self.open.is_empty() {
-                LOOK_EVERY
+                self.shared.options.look_every
             } else {
                 self.shared.options.commit_every.saturating_sub(self.since.elapsed())
             };
@@ -110,14 +113,16 @@ impl Settler {
                 scheduled_step(&self.shared, &self.state);
             }
             let grown = self.unchecked >= self.shared.options.checkpoint_bytes || self.shared.files.live() > MANY_FILES;
-            let due = grown || !self.doomed.is_empty() || closed;
+            let held =
+                self.held_back.is_some_and(|since| since.elapsed() >= self.shared.options.look_every * HELD_LOOKS);
+            let due = grown || held || !self.doomed.is_empty() || closed;
             if due && self.replay == 0 && self.shared.status.fenced().is_none() {
                 self.commit(true)?;
             }
             if nudged {
                 self.prepare()?;
             }
-            if self.looked.elapsed() >= LOOK_EVERY {
+            if self.looked.elapsed() >= self.shared.options.look_every {
                 self.looked = Instant::now();
                 self.look();
             }
@@ -197,8 +202,11 @@ impl Settler {
     }
 
     fn trim(&mut self, space: &Arc<Space>, first: Position) -> Result<(), Stop> {
-        let marked = self.marked.get(&space.number).copied().filter(|marked| *marked > Position(0));
-        let first = marked.map_or(first, |marked| first.min(marked));
+        let marked = self.marked.get(&space.number).copied().filter(|marked| *marked > Position(0) && *marked < first);
+        if marked.is_some() {
+            self.held_back.get_or_insert_with(Instant::now);
+        }
+        let first = marked.unwrap_or(first);
         let trimmed = space.segments.lock().trim(&self.files, first);
         match trimmed {
             Ok(_) => Ok(()),
@@ -305,6 +313,7 @@ impl Settler {
         self.shared.keys.committed(applied);
         if let Some(checkpoint) = checkpoint {
             self.unchecked = 0;
+            self.held_back = None;
             self.marked = checkpoint.segments.iter().map(|mark| (mark.namespace, mark.first)).collect();
             if let Err(error) = self.shared.files.recycle(applied) {
                 self.shared.fence(&format!("recycle journal files: {error}"));
@@ -363,8 +372,27 @@ impl Settler {
         Ok(Checkpoint { segments })
     }
 
+    /// Ends the active segments that are old, so that retention can take them.
+    fn seal_old(&mut self) -> Result<(), Stop> {
+        let now = self.shared.clock.now();
+        let spaces: Vec<Arc<Space>> = self.shared.spaces.read().by_number.values().cloned().collect();
+        for space in spaces {
+            let sealed = space.segments.lock().seal_older(&mut self.files, retention::seal_before(&space, now));
+            match sealed {
+                Ok(()) => {}
+                // The next look tries again.
+                Err(error) if error.is_full() => return Ok(()),
+                Err(error) => self.storage_failed(&error)?,
+            }
+        }
+        Ok(())
+    }
+
     fn look(&mut self) {
         if self.shared.status.is_disk_full() && self.prepare().is_err() {
+            return;
+        }
+        if self.replay == 0 && self.seal_old().is_err() {
             return;
         }
         if let Some(floor) = retention::look(&self.shared)

@@ -109,3 +109,85 @@ async fn a_record_that_waited_on_the_shelf_is_as_old_as_its_release() {
     assert_eq!(namespace.lag(&sink()).oldest, Some(clock.now()));
     log.close().await;
 }
+
+fn one_hour() -> NamespaceSettings {
+    NamespaceSettings { retention_age: HOUR, ..NamespaceSettings::default() }
+}
+
+/// The segment files of the only namespace, by their first record.
+fn segments(folder: &Path) -> Vec<u64> {
+    let names = std::fs::read_dir(folder.join("segments/1")).unwrap().map(|entry| entry.unwrap().path());
+    let mut firsts: Vec<u64> = names
+        .filter(|path| path.extension().is_some_and(|ending| ending == "seg"))
+        .map(|path| path.file_stem().unwrap().to_str().unwrap().parse().unwrap())
+        .collect();
+    firsts.sort_unstable();
+    firsts
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let waited = tokio::time::timeout(Duration::from_secs(60), async {
+        while !holds() {
+            tokio::task::yield_now().await;
+        }
+    });
+    waited.await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+/// What a fresh branch reads after a crash that leaves the folder as it is now.
+async fn after_crash(folder: &Path, clock: &Clock) -> Vec<Bytes> {
+    let crashed = snapshot(folder);
+    let log = open(crashed.path(), clock);
+    let namespace = with(&log, one_hour());
+    append(&namespace, 99..100).await;
+    let fresh = BranchName::new("fresh", None);
+    let mut start = namespace.open_branch(&fresh, Start::Earliest).await.unwrap();
+    let count = usize::try_from(namespace.end().0 - start.cursor.0).unwrap();
+    let found = payloads(&read(&mut *start.subscription, count).await);
+    log.close().await;
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_namespace_lets_finished_records_go_when_they_are_old_enough_and_no_others() {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), clock());
+    let often = || Options { look_every: Duration::from_millis(5), ..options(folder.path(), &clock) };
+    let log = Embedded::open(often()).unwrap();
+    let namespace = with(&log, one_hour());
+    namespace.open_branch(&sink(), Start::Earliest).await.unwrap();
+    append(&namespace, 0..4).await;
+    end_up_to(&namespace, &sink(), 4).await;
+    namespace.shared_for_tests().flushed().await.unwrap();
+    assert_eq!(segments(folder.path()), [1]);
+    clock.advance(HOUR / 2);
+    until("an old segment ends", || segments(folder.path()) == [1, 5]).await;
+    append(&namespace, 4..6).await;
+    end_up_to(&namespace, &sink(), 5).await;
+    log.close().await;
+    drop((namespace, log));
+    let log = Embedded::open(often()).unwrap();
+    let namespace = with(&log, one_hour());
+    clock.advance(HOUR / 2);
+    until("the second segment ends", || segments(folder.path()) == [1, 5, 7]).await;
+    // Exactly as old as they may be is not too old.
+    look(&namespace).await;
+    namespace.shared_for_tests().flushed().await.unwrap();
+    assert_eq!(after_crash(folder.path(), &clock).await, [numbers(0..6), numbers(99..100)].concat());
+    clock.advance(Duration::from_millis(1));
+    until("the files of the first segment are gone", || segments(folder.path()) == [5, 7]).await;
+    assert_eq!(after_crash(folder.path(), &clock).await, [numbers(4..6), numbers(99..100)].concat());
+    clock.advance(HOUR);
+    look(&namespace).await;
+    namespace.shared_for_tests().flushed().await.unwrap();
+    assert_eq!(segments(folder.path()), [5, 7], "one of its records is not finished");
+    end_up_to(&namespace, &sink(), 6).await;
+    until("nothing is left", || segments(folder.path()) == [7]).await;
+    log.close().await;
+    drop((namespace, log));
+    let log = open(folder.path(), &clock);
+    let namespace = with(&log, one_hour());
+    append(&namespace, 6..7).await;
+    let mut start = namespace.open_branch(&sink(), Start::Earliest).await.unwrap();
+    assert_eq!(payloads(&read(&mut *start.subscription, 1).await), numbers(6..7));
+    log.close().await;
+}
