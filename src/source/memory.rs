@@ -26,6 +26,8 @@ use store::Store;
 pub struct Memory {
     store: Mutex<Store>,
     clock: Clock,
+    /// Keys are remembered from then on, all of them.
+    opened: Timestamp,
     end: watch::Sender<Position>,
     /// Something was parked or moved: the releaser looks again.
     parked: Notify,
@@ -40,6 +42,7 @@ impl Memory {
     pub fn new(number: u32, clock: Clock) -> Arc<Self> {
         Arc::new_cyclic(|this| Self {
             store: Mutex::new(Store::new(number)),
+            opened: clock.now(),
             clock,
             end: watch::Sender::new(Position(0)),
             parked: Notify::new(),
@@ -266,7 +269,8 @@ impl Shelf for Memory {
                 .iter()
                 .map(|(name, branch)| (name.clone(), branch.dead.len() as u64, branch.dead_bytes()))
                 .collect(),
-            keys_since: None,
+            keys_since: Some(self.opened),
+            overflowed: 0,
         }
     }
 }

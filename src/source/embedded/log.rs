@@ -52,9 +52,8 @@ impl Embedded {
         let keys = shared.keys.clone();
         // A filter over millions of keys takes a while; until it is there each key is looked for in the store.
         std::thread::spawn(move || {
-            let mut hashes = Vec::new();
-            if reader.each_key(|hash| hashes.push(hash)).is_ok() {
-                keys.learn(hashes);
+            if let Err(error) = keys.learn(1, |each| reader.each_key(each)) {
+                tracing::warn!(%error, "the keys could not be read: each is looked for in the store");
             }
         });
         let failed =

@@ -49,6 +49,11 @@ impl EmbeddedNamespace {
         &self.shared
     }
 
+    #[cfg(test)]
+    pub(super) const fn space_for_tests(&self) -> &Arc<Space> {
+        &self.space
+    }
+
     /// Asks the store once it shows everything that is durable now.
     async fn ask<T: Send + 'static>(
         &self,

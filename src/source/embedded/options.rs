@@ -84,6 +84,8 @@ pub struct NamespaceSettings {
     pub drop_oldest: bool,
     /// How long idempotency keys are remembered.
     pub key_window: Duration,
+    /// How many idempotency keys are remembered at least; a few more may be, the oldest go in blocks.
+    pub key_max: u64,
     /// The largest payload.
     pub max_record_bytes: u64,
 }
@@ -97,6 +99,7 @@ impl Default for NamespaceSettings {
             backlog_age: Duration::from_secs(7 * 86_400),
             drop_oldest: false,
             key_window: Duration::from_secs(86_400),
+            key_max: 10_000_000,
             max_record_bytes: 1 << 20,
         }
     }

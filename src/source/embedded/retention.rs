@@ -3,12 +3,13 @@
 //!
 //! It only asks for `Trim` and `Cursor` frames; files are removed when those are durable.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::age::{is_wholly_older, too_old};
-use super::change::Change;
+use super::change::{Change, NamespaceNumber};
 use super::options::NamespaceSettings;
 use super::queue::Draft;
 use super::shared::Shared;
@@ -21,14 +22,23 @@ const SEALS_AN_AGE: u32 = 8;
 /// No segment is ended earlier because of its age.
 const SEAL_AFTER: Duration = Duration::from_mins(1);
 
-/// Looks at every namespace. Gives the time before which no key is needed any more.
-pub(super) fn look(shared: &Arc<Shared>) -> Option<Timestamp> {
+/// By namespace: from when on its keys are needed, and how many of them.
+pub(super) fn key_bounds(shared: &Shared) -> HashMap<NamespaceNumber, (Timestamp, u64)> {
+    let now = shared.clock.now();
+    let spaces = shared.spaces.read();
+    let bound = |space: &Arc<Space>| {
+        let settings = space.settings.read();
+        (space.number, (now.saturating_sub(settings.key_window), settings.key_max))
+    };
+    spaces.by_number.values().map(bound).collect()
+}
+
+/// Looks at every namespace.
+pub(super) fn look(shared: &Arc<Shared>) {
     let now = shared.clock.now();
     let spaces: Vec<Arc<Space>> = shared.spaces.read().by_number.values().cloned().collect();
-    let mut window = None;
     for space in &spaces {
         let settings = space.settings.read().clone();
-        window = window.max(Some(settings.key_window));
         if settings.drop_oldest {
             drop_overflow(shared, space);
         }
@@ -38,18 +48,12 @@ pub(super) fn look(shared: &Arc<Shared>) -> Option<Timestamp> {
             shared.send(space, vec![Draft::Change(Change::Trim { first })]);
         }
     }
-    let window = window?;
-    Some(before(now, window))
-}
-
-fn before(now: Timestamp, span: Duration) -> Timestamp {
-    Timestamp::from_millis(now.as_millis().saturating_sub(i64::try_from(span.as_millis()).unwrap_or(i64::MAX)))
 }
 
 /// A segment whose first record was written before this ends, however few bytes it has: so finished records go a little
 /// after `retention.age` in a namespace that is idle too.
 pub(super) fn seal_before(space: &Space, now: Timestamp) -> Timestamp {
-    before(now, (space.settings.read().retention_age / SEALS_AN_AGE).max(SEAL_AFTER))
+    now.saturating_sub((space.settings.read().retention_age / SEALS_AN_AGE).max(SEAL_AFTER))
 }
 
 /// The first record of the oldest segment that is still needed, if an older one can go.
@@ -60,7 +64,7 @@ fn first_to_keep(shared: &Shared, space: &Space, now: Timestamp) -> Option<Posit
     let segments = space.segments.lock();
     let mut total = segments.bytes();
     let mut keep = None;
-    let floor = before(now, settings.retention_age);
+    let floor = now.saturating_sub(settings.retention_age);
     let sealed = segments.sealed().to_vec();
     let active = segments.active().map(|(first, _)| first);
     drop(segments);
@@ -92,7 +96,7 @@ pub(super) fn drop_overflow(shared: &Shared, space: &Arc<Space>) {
 
 /// What is unfinished for longer than the backlog may be old: dropped, or noted so that writes are refused.
 fn look_at_age(shared: &Shared, space: &Arc<Space>, settings: &NamespaceSettings, now: Timestamp) {
-    let aged = too_old(shared, space, before(now, settings.backlog_age)).unwrap_or_default();
+    let aged = too_old(shared, space, now.saturating_sub(settings.backlog_age)).unwrap_or_default();
     if settings.drop_oldest {
         space.aged.store(0, Ordering::Release);
         if aged > Position(0) {

@@ -50,6 +50,8 @@ pub(super) struct Settler {
     marked: HashMap<NamespaceNumber, Position>,
     /// Since when a trim waits for a checkpoint.
     held_back: Option<Instant>,
+    /// The filter of keys has outgrown the store: from which block on it stays, and what the store must show first.
+    relearn: Option<(u64, Sequence)>,
     /// Deleted namespaces whose files go with the next checkpoint.
     doomed: Vec<Arc<Space>>,
 }
@@ -79,6 +81,7 @@ impl Settler {
             replay,
             marked: marks.iter().map(|mark| (mark.namespace, mark.first)).collect(),
             held_back: None,
+            relearn: None,
             doomed: Vec::new(),
         }
     }
@@ -125,6 +128,9 @@ impl Settler {
             if self.looked.elapsed() >= self.shared.options.look_every {
                 self.looked = Instant::now();
                 self.look();
+                if self.state.is_changed() && self.replay == 0 {
+                    self.commit(false)?;
+                }
             }
             if closed {
                 return Ok(());
@@ -294,7 +300,7 @@ impl Settler {
     fn commit(&mut self, durable: bool) -> Result<(), Stop> {
         let applied = self.reached;
         let checkpoint = if durable { Some(self.sync_segments()?) } else { None };
-        if checkpoint.is_none() && applied == self.state.applied() {
+        if checkpoint.is_none() && applied == self.state.applied() && !self.state.is_changed() {
             return Ok(());
         }
         while let Err(error) = self.state.commit(applied, checkpoint.as_ref()) {
@@ -395,10 +401,34 @@ impl Settler {
         if self.replay == 0 && self.seal_old().is_err() {
             return;
         }
-        if let Some(floor) = retention::look(&self.shared)
-            && let Err(error) = self.state.drop_keys_before(floor)
-        {
-            tracing::warn!(%error, "old idempotency keys could not be dropped");
+        retention::look(&self.shared);
+        self.forget_keys();
+    }
+
+    /// Forgets the keys that no namespace needs any more, here and in the filter.
+    fn forget_keys(&mut self) {
+        match self.state.forget_keys(&retention::key_bounds(&self.shared)) {
+            Ok(changed) => {
+                let spaces = self.shared.spaces.read();
+                for (number, since) in changed {
+                    if let Some(space) = spaces.by_number.get(&number) {
+                        space.keys_forgotten(since);
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(%error, "old idempotency keys could not be forgotten"),
+        }
+        if self.relearn.is_none() {
+            let outgrown = self.shared.keys.outgrown(self.state.keys());
+            self.relearn = outgrown.map(|block| (block, self.shared.durable()));
+        }
+        if let Some((block, _)) = self.relearn.take_if(|(_, durable)| *durable <= self.state.applied()) {
+            let (keys, reader) = (self.shared.keys.clone(), self.shared.reader.clone());
+            std::thread::spawn(move || {
+                if let Err(error) = keys.learn(block, |each| reader.each_key(each)) {
+                    tracing::warn!(%error, "the keys could not be read; the filter stays as large as it is");
+                }
+            });
         }
     }
 }

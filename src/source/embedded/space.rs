@@ -4,7 +4,7 @@
 //! readers wait here for news. Locks are held for moments, and never across an await.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
@@ -102,6 +102,8 @@ pub(super) struct Space {
     pub(super) overflowed: AtomicU64,
     /// At the last look records up to here were older than the backlog may be; 0 = none.
     pub(super) aged: AtomicU64,
+    /// Idempotency keys from before this time (milliseconds) have been forgotten.
+    keys_floor: AtomicI64,
 }
 
 impl Space {
@@ -144,6 +146,7 @@ impl Space {
             deleted: AtomicBool::new(false),
             overflowed: AtomicU64::new(0),
             aged: AtomicU64::new(0),
+            keys_floor: AtomicI64::new(0),
         }
     }
 
@@ -329,6 +332,17 @@ impl Space {
         let milestones = self.milestones.lock();
         let at = milestones.list.partition_point(|milestone| milestone.position <= position);
         milestones.list.get(at.checked_sub(1)?)?.time
+    }
+
+    /// From when on every idempotency key is known: the window, less what had to go because there were too many.
+    pub(super) fn keys_known_since(&self, now: Timestamp) -> Timestamp {
+        let floor = Timestamp::from_millis(self.keys_floor.load(Ordering::Acquire));
+        now.saturating_sub(self.settings.read().key_window).max(floor)
+    }
+
+    /// Keys from before `since` have been forgotten.
+    pub(super) fn keys_forgotten(&self, since: Timestamp) {
+        self.keys_floor.fetch_max(since.as_millis(), Ordering::AcqRel);
     }
 
     /// A segment's first record entered the log then; after a start nobody knows before it is asked.

@@ -3,6 +3,7 @@
 mod age;
 mod crash;
 mod double;
+mod keys;
 mod power;
 mod repair;
 mod rows;

@@ -7,7 +7,6 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::EmbeddedNamespace;
-use crate::clock::Timestamp;
 use crate::record::Position;
 use crate::source::embedded::keys::{Reservation, Reserve};
 use crate::source::embedded::queue::{Answer, Ask, Refusal, Request};
@@ -105,7 +104,6 @@ impl EmbeddedNamespace {
 
     /// Reserves a key, or says what its first use gave.
     async fn key(&self, key: &IdempotencyKey) -> Result<Keyed, AdmitError> {
-        let window = self.space.settings.read().key_window;
         let deadline = tokio::time::Instant::now() + KEY_WAIT;
         loop {
             match self.shared.keys.reserve(self.space.number, key) {
@@ -120,12 +118,10 @@ impl EmbeddedNamespace {
                     }
                 }
                 Reserve::Ask(reservation) => {
-                    let now = self.shared.clock.now().as_millis();
-                    let since = Timestamp::from_millis(
-                        now.saturating_sub(i64::try_from(window.as_millis()).unwrap_or(i64::MAX)),
-                    );
+                    let since = self.space.keys_known_since(self.shared.clock.now());
                     let (reader, hash) = (self.shared.reader.clone(), *reservation.hash());
-                    let found = tokio::task::spawn_blocking(move || reader.key(&hash, since)).await;
+                    let number = self.space.number;
+                    let found = tokio::task::spawn_blocking(move || reader.key(number, &hash, since)).await;
                     let unreadable = |reason: String| AdmitError::Closed { reason: reason.into() };
                     let found = found.map_err(|error| unreadable(error.to_string()))?;
                     return match found.map_err(|error| unreadable(error.to_string()))? {
