@@ -288,7 +288,7 @@ fn into_commits(spaces: &mut Spaces, instance: &Arc<Space>, root: &Path, groups:
     commits
 }
 
-/// Puts a commit's changes back into memory. What `state.db` has applied is counted there already.
+/// Puts a commit's changes back into memory, those that `state.db` has not applied; records all the same.
 fn remember(shared: &Arc<Shared>, commit: &Commit, applied: Sequence) {
     let Some((space, _)) = commit.runs.first() else { return };
     for durable in &commit.frames {
@@ -308,11 +308,9 @@ fn remember(shared: &Arc<Shared>, commit: &Commit, applied: Sequence) {
             let answer = (record.id, record.written_at, record.due_at);
             shared.keys.recall(frame.namespace, key, answer, frame.sequence);
         }
-        let counted = matches!(
-            frame.change,
-            Change::Park { .. } | Change::Release { .. } | Change::Cancel { .. } | Change::Move { .. }
-        );
-        if counted && frame.sequence <= applied {
+        // What the store has applied came from there, and more may have come after it: a branch that was renamed since
+        // would be there twice.
+        if frame.sequence <= applied && !matches!(frame.change, Change::NamespaceDeleted) {
             continue;
         }
         shared.remember(space, frame);
