@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::breaker::{Breaker, Circuit};
 use super::lanes::{Delivery, Lanes};
 use super::pace::Pace;
-use super::prepare::{Prepared, Stillborn, is_cheap, prepare};
+use super::prepare::{Prepared, Stillborn, is_cheap, now_as_then, prepare};
 use super::stats::{Board, BranchCounters, Pause};
 use super::waiting::Asides;
 use super::{BranchDeps, Command};
@@ -280,7 +280,8 @@ impl Actor {
             let cheap = is_cheap(&branch, &now) && in_force.revisions().iter().all(|old| is_cheap(&branch, &old.plan));
             let work = move || {
                 let one = |entry: Entry| {
-                    let then = in_force.at(entry.position).unwrap_or(&now);
+                    let then = in_force.branch_at(entry.position, &branch.name);
+                    let then = then.unwrap_or_else(|| now_as_then(&now, &branch));
                     prepare(entry.position, entry.record, &branch, &now, then)
                 };
                 entries.into_iter().map(one).collect::<Vec<_>>()

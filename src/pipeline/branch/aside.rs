@@ -10,8 +10,9 @@ use parking_lot::Mutex;
 
 use super::actor::{Actor, Settled};
 use super::lanes::{Delivery, Shelved, Siblings};
-use super::prepare::{Stillborn, choose, prepare};
+use super::prepare::{Stillborn, choose, now_as_then, prepare};
 use crate::pipeline::plan::{BranchPlan, Plan};
+use crate::pipeline::revisions::InForce;
 use crate::record::RecordId;
 use crate::source::{AsideLane, AsideRow, DeadLetter, DeadQuery, DeadReason, LogError, RowKey, Settlement, lane_of};
 use crate::spec::sink::OnDeadLetter;
@@ -32,10 +33,13 @@ async fn again(
     row: AsideRow,
     branch: Arc<BranchPlan>,
     now: Arc<Plan>,
-    then: Arc<Plan>,
+    in_force: InForce,
 ) -> Result<(Parts, Option<Box<str>>), LogError> {
     let work = move || {
-        let prepared = prepare(row.row.position, Arc::clone(&row.record), &branch, &now, &then);
+        // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
+        let then = if row.replayed { None } else { in_force.branch_at(row.row.position, &branch.name) };
+        let then = then.unwrap_or_else(|| now_as_then(&now, &branch));
+        let prepared = prepare(row.row.position, Arc::clone(&row.record), &branch, &now, then);
         // A replay runs the original and sends all that comes of it; a child that was set aside is itself again.
         let mine = prepared.parts.into_iter().filter(|part| row.replayed || part.child == row.row.child);
         let mut parts: Parts = mine.map(|part| part.result).collect();
@@ -84,10 +88,8 @@ impl Actor {
         let blocks = self.plan.dead_letters.on_dead_letter == OnDeadLetter::Block;
         let mut count = 0;
         for row in rows {
-            // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
-            let then = if row.replayed { &now } else { in_force.at(row.row.position).unwrap_or(&now) };
             let (parts, dropped) =
-                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), Arc::clone(then)).await?;
+                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), in_force.clone()).await?;
             let bad = parts.iter().any(Result::is_err);
             if bad && blocks && count > 0 {
                 // What lies before it goes first; then it is met again, and holds the rest.

@@ -45,6 +45,14 @@ impl From<Fault> for Stillborn {
     }
 }
 
+/// The plan that decides who takes a record, and the branch in it.
+pub(super) type Then<'a> = (&'a Plan, Option<&'a Arc<BranchPlan>>);
+
+/// The branch in the plan as it is now.
+pub(super) fn now_as_then<'a>(now: &'a Plan, branch: &BranchPlan) -> Then<'a> {
+    (now, now.branches.iter().find(|own| own.name == branch.name))
+}
+
 /// True when preparing runs no script, so that it need not leave the calling thread.
 pub(super) fn is_cheap(branch: &BranchPlan, plan: &Plan) -> bool {
     let conditions = match &plan.routing {
@@ -59,14 +67,14 @@ pub(super) fn is_cheap(branch: &BranchPlan, plan: &Plan) -> bool {
         && conditions == 0
 }
 
-/// What the record is to the branch. `then` was in force when it came and decides who takes it; `branch` and `now` say
-/// how it is changed and sent. A stage that panics is the record's error, or the branch would meet it again and again.
+/// What the record is to the branch. `then` was in force when it came and decides who takes it, and in it the branch as it
+/// was, whatever its name; `branch` and `now` say how it is changed and sent. A stage that panics is the record's error, or the branch would meet it again and again.
 pub(super) fn prepare(
     position: Position,
     record: Arc<Record>,
     branch: &BranchPlan,
     now: &Plan,
-    then: &Plan,
+    then: Then<'_>,
 ) -> Prepared {
     let work = || run(position, Arc::clone(&record), branch, now, then);
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
@@ -80,9 +88,8 @@ pub(super) fn prepare(
     })
 }
 
-fn run(position: Position, record: Arc<Record>, branch: &BranchPlan, now: &Plan, then: &Plan) -> Prepared {
+fn run(position: Position, record: Arc<Record>, branch: &BranchPlan, now: &Plan, (then, own): Then<'_>) -> Prepared {
     let mut prepared = Prepared { position, record: Arc::clone(&record), parts: Vec::new(), dropped: None };
-    let own = then.branches.iter().find(|other| other.name == branch.name || Some(&other.name) == branch.was.as_ref());
     let Some(own) = own else { return prepared };
     match meant_for(&record, &own.sink, own.region.as_deref(), branch.target) {
         Meant::Here => {}
