@@ -403,6 +403,22 @@ impl Settler {
         }
         retention::look(&self.shared);
         self.forget_keys();
+        self.forget_epochs();
+    }
+
+    /// Forgets the revisions of files that no record needs any more. While frames wait to be applied nobody can say.
+    fn forget_epochs(&mut self) {
+        if self.replay > 0 {
+            return;
+        }
+        let spaces: Vec<Arc<Space>> = self.shared.spaces.read().by_number.values().cloned().collect();
+        for space in spaces.into_iter().filter(|space| space.epochs.lock().len() > 1) {
+            match self.state.forget_epochs(space.number) {
+                Ok(None) => {}
+                Ok(Some(first)) => space.epochs.lock().retain(|epoch| epoch.number >= first),
+                Err(error) => tracing::warn!(%error, "old revisions could not be forgotten"),
+            }
+        }
     }
 
     /// Forgets the keys that no namespace needs any more, here and in the filter.

@@ -8,6 +8,7 @@
 mod apply;
 mod counts;
 mod dead;
+mod epochs;
 mod reader;
 mod schema;
 mod seen;

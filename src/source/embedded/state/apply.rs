@@ -340,13 +340,6 @@ impl State {
         let first = sql(first.0);
         self.db.execute("UPDATE namespaces SET first = max(first, ?) WHERE number = ?", params![first, namespace.0])?;
         self.db.execute("DELETE FROM samples WHERE namespace = ? AND position < ?", params![namespace.0, first])?;
-        // An epoch is needed while a cursor is before the next one.
-        self.db.execute(
-            "DELETE FROM epochs WHERE namespace = ?1 AND number < (
-               SELECT max(number) FROM epochs WHERE namespace = ?1 AND after < ?2
-                 AND after <= (SELECT coalesce(min(cursor), ?2) FROM branches WHERE namespace = ?1))",
-            params![namespace.0, first],
-        )?;
         Ok(())
     }
 

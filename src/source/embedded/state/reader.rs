@@ -165,6 +165,8 @@ impl StateReader {
         since: Timestamp,
     ) -> Result<Option<SeenKey>, StateError> {
         self.with(|db| {
+            // One view of the file for the list of tables and what is in them: any may go meanwhile.
+            let _view = db.unchecked_transaction()?;
             for table in schema::key_tables(db)?.into_iter().rev() {
                 if table < seen::first_table(since) {
                     break;
@@ -196,6 +198,7 @@ impl StateReader {
     /// When SQLite fails.
     pub fn each_key(&self, each: &mut dyn FnMut([u8; 16])) -> Result<(), StateError> {
         self.with(|db| {
+            let _view = db.unchecked_transaction()?;
             for table in schema::key_tables(db)? {
                 let mut select = db.prepare(&format!("SELECT hash FROM keys_{table}"))?;
                 let mut rows = select.query([])?;

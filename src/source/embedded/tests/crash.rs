@@ -124,3 +124,25 @@ async fn parked_records_keys_and_dead_letters_outlive_a_crash() {
     assert_eq!(payloads(&read(&mut *start.subscription, 1).await), [Bytes::from("\"later\"")]);
     again.close().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_branch_that_was_renamed_or_forgotten_is_there_once_after_a_crash_whatever_the_store_has_applied() {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), clock());
+    let log = open(folder.path(), &clock);
+    let namespace = orders(&log);
+    let named = |name: &str| BranchName::new(name, None);
+    for name in ["a", "gone"] {
+        namespace.open_branch(&named(name), Start::Earliest).await.unwrap();
+    }
+    append(&namespace, 0..3).await;
+    for (from, to) in [("a", "b"), ("b", "c")] {
+        namespace.rename_branch(&named(from), &named(to)).await.unwrap();
+    }
+    namespace.forget_branch(&named("gone")).await.unwrap();
+    namespace.shared_for_tests().flushed().await.unwrap();
+    let crashed = snapshot(folder.path());
+    log.close().await;
+    let again = open(crashed.path(), &clock);
+    assert_eq!(orders(&again).branches(), [named("c")]);
+    again.close().await;
+}
