@@ -146,6 +146,16 @@ fn namespaces(page: &Page, instance: &dyn Instance, views: &[View]) -> Result<()
     let info = page.gauges("walflow_namespace_info", "Who a namespace belongs to", &["ns", "owner", "shard"])?;
     let stale = page.gauges("walflow_config_stale", "1 while a namespace's file is broken", &["ns"])?;
     let parked = page.gauges("walflow_parked_records", "Records that wait for their time", &["ns"])?;
+    let known = page.gauges(
+        "walflow_idempotency_known_since_timestamp_seconds",
+        "From when on every idempotency key is known",
+        &["ns"],
+    )?;
+    let overflowed = page.counters(
+        "walflow_backlog_dropped_records_total",
+        "Unfinished records that `on_full: drop` has ended",
+        &["ns"],
+    )?;
     let accepted = page.counters("walflow_accepted_records_total", "Writes that became durable", &["ns"])?;
     let bytes = page.counters("walflow_accepted_bytes_total", "Bytes of their requests", &["ns"])?;
     let refused = page.counters("walflow_refused_records_total", "Writes that were refused", &["ns"])?;
@@ -160,7 +170,12 @@ fn namespaces(page: &Page, instance: &dyn Instance, views: &[View]) -> Result<()
         let owner = view.plan.owner.as_deref().unwrap_or_default();
         info.with_label_values(&[ns, owner, &view.plan.shard]).set(1);
         stale.with_label_values(&[ns]).set(i64::from(view.config == ConfigState::Stale));
-        parked.with_label_values(&[ns]).set(whole(view.shelf.counts().parked));
+        let counts = view.shelf.counts();
+        parked.with_label_values(&[ns]).set(whole(counts.parked));
+        overflowed.with_label_values(&[ns]).inc_by(counts.overflowed);
+        if let Some(since) = counts.keys_since {
+            known.with_label_values(&[ns]).set(since.as_millis() / 1_000);
+        }
     }
     for absent in instance.absent() {
         stale.with_label_values(&[absent.namespace.as_str()]).set(1);

@@ -111,6 +111,8 @@ pub(super) struct NamespaceStatus {
     parked: u64,
     /// When the first of them is due.
     next_due: Option<Timestamp>,
+    /// Unfinished records that `on_full: drop` has ended, since the start.
+    backlog_dropped: u64,
     /// How far back idempotency keys are really known.
     idempotency_known_since: Option<Timestamp>,
     branches: Vec<BranchState>,
@@ -260,6 +262,7 @@ pub(super) async fn of(instance: &dyn Instance, view: &View) -> Answer {
         end: view.log.end(),
         parked: counts.parked,
         next_due,
+        backlog_dropped: counts.overflowed,
         idempotency_known_since: counts.keys_since,
         branches: states(instance, view, &counts),
     };

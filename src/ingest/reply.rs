@@ -154,7 +154,7 @@ impl From<AdmitError> for Problem {
         let detail = error.to_string();
         let second = Duration::from_secs(1);
         match error {
-            AdmitError::BacklogFull { .. } => {
+            AdmitError::BacklogFull { .. } | AdmitError::BacklogOld { .. } => {
                 Self::unavailable("backlog_full", detail, Duration::from_secs(10)).failed()
             }
             AdmitError::DiskFull => Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", detail).failed(),

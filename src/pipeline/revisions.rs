@@ -41,15 +41,9 @@ impl InForce {
         Self(Arc::new([Revision { after: Position(0), plan }]))
     }
 
-    /// The plan that decides who takes the record at `position`.
-    pub fn at(&self, position: Position) -> Option<&Arc<Plan>> {
-        let later = self.0.partition_point(|revision| revision.after < position);
-        // A record from before the oldest epoch that is kept goes by that one.
-        self.0.get(later.saturating_sub(1)).map(|revision| &revision.plan)
-    }
-
     /// The plan in force at `position`, and in it the branch that is called `name` now; it may have had another name.
     pub fn branch_at(&self, position: Position, name: &BranchName) -> Option<(&Plan, Option<&Arc<BranchPlan>>)> {
+        // A record from before the oldest epoch that is kept goes by that one.
         let at = self.0.partition_point(|revision| revision.after < position).saturating_sub(1);
         let mut name = name;
         let mut found = None;

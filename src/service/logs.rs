@@ -40,6 +40,7 @@ fn settings(plan: &Plan) -> NamespaceSettings {
         backlog_age: source.backlog.age.0,
         drop_oldest: source.backlog.on_full == OnFull::Drop,
         key_window: source.idempotency.window.0,
+        key_max: source.idempotency.max.0,
         max_record_bytes: source.limits.record.0,
     }
 }

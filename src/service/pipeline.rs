@@ -209,6 +209,10 @@ impl Pipeline {
                 plans.values().rev().find_map(|plan| plan.branches.iter().find(|branch| branch.name == name).cloned());
             match last {
                 Some(branch) => self.open(branch, Start::Latest).await?,
+                None if self.is_over(&name) => {
+                    self.log.forget_branch(&name).await?;
+                    info!(ns = %self.namespace, branch = %name, "a removed branch has nothing left and is gone");
+                }
                 None => {
                     warn!(ns = %self.namespace, branch = %name, "no file that is kept has this branch; what it holds waits for one");
                 }
@@ -248,16 +252,34 @@ impl Pipeline {
         if removed.is_empty() {
             return Ok(());
         }
-        let counts = self.shelf.counts();
         for name in removed {
-            let kept = counts.aside_of(&name) + counts.dead_of(&name).0;
-            if self.log.lag(&name).records == 0 && kept == 0 {
+            if self.is_over(&name) {
                 self.close(&name).await;
                 self.log.forget_branch(&name).await?;
                 info!(ns = %self.namespace, branch = %name, "a removed branch has nothing left and is gone");
             }
         }
         Ok(())
+    }
+
+    /// Whether a removed branch has ended all that was ever its own: it has no rows, and no plan that is in force after its
+    /// cursor has it. Of a revision that could not be read nobody can say.
+    fn is_over(&self, name: &BranchName) -> bool {
+        let counts = self.shelf.counts();
+        if counts.aside_of(name) + counts.dead_of(name).0 > 0 {
+            return false;
+        }
+        let lag = self.log.lag(name);
+        if lag.records == 0 {
+            return true;
+        }
+        let (epochs, plans) = (self.log.epochs(), self.revisions.known());
+        let first = epochs.partition_point(|epoch| epoch.after <= lag.cursor).saturating_sub(1);
+        epochs.iter().skip(first).all(|epoch| {
+            plans.get(&epoch.number).is_some_and(|plan| {
+                plan.files == epoch.files && plan.branches.iter().all(|branch| branch.name != *name)
+            })
+        })
     }
 
     /// Lets what is under way end, and stops reading; gives up at `patience`.

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
+use crate::source::BranchName;
+use crate::units::Span;
 
 /// One write on its way into the log. The log draws the id and the position.
 #[derive(Clone, Debug)]
@@ -72,6 +74,18 @@ pub enum AdmitError {
         bytes: u64,
         /// The limit.
         limit: u64,
+    },
+    /// Records of a branch are unfinished for longer than the namespace's backlog may be old (503, failed).
+    #[error(
+        "records of branch {branch} are unfinished for longer than backlog.age ({}): see in the namespace's status why it \
+         is behind, resume it or skip what blocks it, or allow a longer backlog.age",
+        Span(*.limit)
+    )]
+    BacklogOld {
+        /// The branch that is furthest behind.
+        branch: BranchName,
+        /// The limit.
+        limit: Duration,
     },
     /// The disk is full; reading and acking go on (507, failed).
     #[error("the disk that holds the log is full")]

@@ -31,6 +31,8 @@ pub struct Memory {
     store: Mutex<Store>,
     closed: watch::Sender<bool>,
     clock: Clock,
+    /// Keys are remembered from then on, all of them.
+    opened: Timestamp,
     end: watch::Sender<Position>,
     /// Something was parked or moved: the releaser looks again.
     parked: Notify,
@@ -46,6 +48,7 @@ impl Memory {
         Arc::new_cyclic(|this| Self {
             store: Mutex::new(Store::new(number)),
             closed: watch::Sender::new(false),
+            opened: clock.now(),
             clock,
             end: watch::Sender::new(Position(0)),
             parked: Notify::new(),
@@ -316,7 +319,8 @@ impl Shelf for Memory {
                 .iter()
                 .map(|(name, branch)| (name.clone(), branch.dead.len() as u64, branch.dead_bytes()))
                 .collect(),
-            keys_since: None,
+            keys_since: Some(self.opened),
+            overflowed: 0,
         }
     }
 }

@@ -311,7 +311,8 @@ pub trait Log: Send + Sync {
     /// When the log is closed.
     fn put_epoch(&self, files: Bytes) -> BoxFuture<'static, Result<Epoch, LogError>>;
 
-    /// The stored revisions, oldest first; the last is in force. Kept while a cursor is before them.
+    /// The stored revisions, oldest first; the last is in force. Kept while a cursor is before their end, or a row that is
+    /// set aside or dead.
     fn epochs(&self) -> Vec<Epoch>;
 }
 

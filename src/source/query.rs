@@ -146,6 +146,8 @@ pub struct ShelfCounts {
     pub dead: Vec<(BranchName, u64, u64)>,
     /// How far back idempotency keys are really known.
     pub keys_since: Option<Timestamp>,
+    /// Records that `on_full: drop` has ended, since the start.
+    pub overflowed: u64,
 }
 
 impl ShelfCounts {

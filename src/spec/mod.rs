@@ -162,7 +162,7 @@ pub enum OnFull {
 pub struct IdempotencySpec {
     /// How long a key is remembered. Default: 24h.
     pub window: Span,
-    /// How many keys are remembered. Default: 10M.
+    /// How many keys are remembered; of more the oldest go first, in blocks of up to a million. Default: 10M.
     pub max: Count,
     /// A JSON pointer into the payload that gives the key; the header or the write's field wins.
     pub from: Option<String>,
@@ -249,7 +249,8 @@ pub struct ReplicateSpec {
 pub struct RegionSpec {
     /// Stages for this region only, after the pipeline's own.
     pub transform: Vec<StageSpec>,
-    /// The region's former name, so that its branch goes on.
+    /// The region's former name, so that its branch goes on: the one that it had when this file was last read. The line may
+    /// go again once the file has been read with it.
     pub was: Option<String>,
     /// Fields that override the sink's.
     #[serde(flatten)]

@@ -51,7 +51,9 @@ pub struct SinkSpec {
 pub struct ArmSpec {
     /// Its name, in `route:`; in `fan_out:` the key is the name.
     pub name: Option<String>,
-    /// The arm's former name, so that its branch goes on.
+    /// The arm's former name, so that its branch goes on: the one that it had when this file was last read. The line may go
+    /// again once the file has been read with it. Of a name in between that was never read nobody knows; then the branch
+    /// of before drains by the file of before, and this one starts anew.
     pub was: Option<String>,
     /// Takes a record for which this is true; without it every record.
     pub when: Option<String>,

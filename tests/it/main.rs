@@ -13,8 +13,8 @@
 
 mod command;
 mod crash;
-mod epochs;
 mod dead_letters;
+mod epochs;
 mod harness;
 mod hop;
 mod hostile;

@@ -200,3 +200,55 @@ async fn a_renamed_arm_goes_on_where_it_was_and_a_retired_one_ends() {
     until_status(&running, "renamed", "nothing left", |status| status["branches"][0]["lagRecords"] == 0).await;
     assert_eq!((kept.count(), gone.count()), (6, 0));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_came_under_any_former_name_goes_on_after_several_renames_and_a_restart() {
+    let sink = Receiver::judging(|got| if got.body.ends_with(b"0}") { 422 } else { 503 }).await;
+    // A key for each record: those that fail are set aside alone.
+    let yaml = |name: &str, was: &str| {
+        format!(
+            "namespace: chain\nsource: {{ key: /n }}\nsink:\n  fan_out:\n    {name}: {{ {was}http: {{ url: '{}' }}, \
+             retry: {{ attempts: 2, backoff: {{ first: 10ms, max: 10ms }} }} }}\n",
+            sink.url
+        )
+    };
+    let place = Place::new().pipeline("p.yaml", &yaml("a", ""));
+    let mut running = place.start().await;
+    let send = async |running: &Running, from: u64| {
+        for n in from..from + 5 {
+            running.accepted("chain", None, json!({ "n": n })).await;
+        }
+    };
+    send(&running, 0).await;
+    until_status(&running, "chain", "a dead letter", |status| status["branches"][0]["deadLetters"] == 1).await;
+    place.put("p.yaml", &yaml("b", "was: a, "));
+    reload(&running, 1).await;
+    send(&running, 5).await;
+    place.put("p.yaml", &yaml("c", "was: b, "));
+    reload(&running, 2).await;
+    send(&running, 11).await;
+    // The line may go as soon as it has been read, whatever still waits.
+    place.put("p.yaml", &yaml("c", ""));
+    reload(&running, 3).await;
+    running.kill();
+    sink.judge(|_| 200);
+    let running = place.start().await;
+    until("all but the dead letter", || (sink.count() == 14).then_some(())).await;
+    let (code, out, said) = running.cli(&place, &["dead-letters", "replay", "chain", "--force"]);
+    assert_eq!((code, out.trim()), (0, "replayed 1"), "{said}");
+    until("the dead letter too", || (sink.count() == 15).then_some(())).await;
+    let status = until_status(&running, "chain", "nothing left", |status| {
+        let branches = status["branches"].as_array().unwrap();
+        branches.iter().all(|branch| branch["lagRecords"] == 0 && branch["setAside"] == 0)
+    })
+    .await;
+    let names: Vec<_> = status["branches"].as_array().unwrap().iter().map(|branch| branch["name"].clone()).collect();
+    assert_eq!(names, ["c"]);
+    let mut numbers: Vec<u64> = sink
+        .accepted()
+        .iter()
+        .map(|got| serde_json::from_slice::<serde_json::Value>(&got.body).unwrap()["n"].as_u64().unwrap())
+        .collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..10).chain(11..16).collect::<Vec<_>>());
+}

@@ -12,8 +12,9 @@ use tokio::time::Instant;
 use super::Told;
 use super::actor::{Actor, REPLAYS, Settled};
 use super::lanes::{Delivery, Shelved, Siblings};
-use super::prepare::{Prepared, Stillborn, choose, guarded, prepare};
+use super::prepare::{Prepared, Stillborn, Then, choose, guarded, now_as_then, prepare};
 use crate::pipeline::plan::{BranchPlan, Plan};
+use crate::pipeline::revisions::InForce;
 use crate::record::{Position, Record, RecordId};
 use crate::source::{AsideLane, AsideRow, DeadLetter, DeadQuery, DeadReason, LogError, RowKey, Settlement, lane_of};
 use crate::spec::sink::OnDeadLetter;
@@ -30,18 +31,21 @@ const KNOWN_DEAD: usize = 10_000;
 pub(super) type Parts = Vec<Result<(Event, usize), Stillborn>>;
 
 /// [`prepare`], or what a test puts in its place.
-pub(super) type Prepare = fn(Position, Arc<Record>, &BranchPlan, &Plan, &Plan) -> Prepared;
+pub(super) type Prepare = fn(Position, Arc<Record>, &BranchPlan, &Plan, Then<'_>) -> Prepared;
 
 /// What a row is to the branch now, run off the async threads. A panic is the record's error.
 pub(super) async fn again(
     row: AsideRow,
     branch: Arc<BranchPlan>,
     now: Arc<Plan>,
-    then: Arc<Plan>,
+    in_force: InForce,
     prepare: Prepare,
 ) -> Result<(Parts, Option<Box<str>>), LogError> {
     let work = move || {
-        let prepared = prepare(row.row.position, Arc::clone(&row.record), &branch, &now, &then);
+        // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
+        let then = if row.replayed { None } else { in_force.branch_at(row.row.position, &branch.name) };
+        let then = then.unwrap_or_else(|| now_as_then(&now, &branch));
+        let prepared = prepare(row.row.position, Arc::clone(&row.record), &branch, &now, then);
         // A replay runs the original and sends all that comes of it; a child that was set aside is itself again.
         let mine = prepared.parts.into_iter().filter(|part| row.replayed || part.child == row.row.child);
         let mut parts: Parts = mine.map(|part| part.result).collect();
@@ -127,10 +131,8 @@ impl Actor {
         let blocks = self.plan.dead_letters.on_dead_letter == OnDeadLetter::Block;
         let mut count = 0;
         for row in rows {
-            // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
-            let then = if row.replayed { &now } else { in_force.at(row.row.position).unwrap_or(&now) };
             let (parts, dropped) =
-                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), Arc::clone(then), prepare).await?;
+                again(row.clone(), Arc::clone(&self.plan), Arc::clone(&now), in_force.clone(), prepare).await?;
             let bad = parts.iter().any(Result::is_err);
             if bad && blocks && count > 0 {
                 // What lies before it goes first; then it is met again, and holds the rest.

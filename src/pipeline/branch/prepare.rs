@@ -54,6 +54,14 @@ impl From<Fault> for Stillborn {
     }
 }
 
+/// The plan that decides who takes a record, and the branch in it.
+pub(super) type Then<'a> = (&'a Plan, Option<&'a Arc<BranchPlan>>);
+
+/// The branch in the plan as it is now.
+pub(super) fn now_as_then<'a>(now: &'a Plan, branch: &BranchPlan) -> Then<'a> {
+    (now, now.branches.iter().find(|own| own.name == branch.name))
+}
+
 /// True when preparing runs no script, so that it need not leave the calling thread.
 pub(super) fn is_cheap(branch: &BranchPlan, plan: &Plan) -> bool {
     let conditions = match &plan.routing {
@@ -83,7 +91,7 @@ pub(super) fn prepare_all(
     shared: &Shared,
 ) -> Vec<Prepared> {
     let prepare = |entry: &Entry, sharing| {
-        let then = in_force.at(entry.position).map_or(now, |plan| plan);
+        let then = in_force.branch_at(entry.position, &branch.name).unwrap_or_else(|| now_as_then(now, branch));
         contained(entry.position, &entry.record, || run(entry, branch, now, then, sharing))
     };
     let first = |entry: &Entry| prepare(entry, Sharing::With(shared));
@@ -95,14 +103,14 @@ pub(super) fn prepare_all(
     prepared.into_iter().flatten().collect()
 }
 
-/// What the record is to the branch. `then` was in force when it came and decides who takes it; `branch` and `now` say
-/// how it is changed and sent.
+/// What the record is to the branch. `then` was in force when it came and decides who takes it, and in it the branch as it
+/// was, whatever its name; `branch` and `now` say how it is changed and sent.
 pub(super) fn prepare(
     position: Position,
     record: Arc<Record>,
     branch: &BranchPlan,
     now: &Plan,
-    then: &Plan,
+    then: Then<'_>,
 ) -> Prepared {
     let entry = Entry { position, record };
     let prepared = contained(position, &entry.record, || run(&entry, branch, now, then, Sharing::Not));
@@ -131,10 +139,15 @@ fn dead(position: Position, record: &Arc<Record>, stillborn: Stillborn) -> Prepa
 }
 
 /// `None` = another branch is at it.
-fn run(entry: &Entry, branch: &BranchPlan, now: &Plan, then: &Plan, sharing: Sharing<'_>) -> Option<Prepared> {
+fn run(
+    entry: &Entry,
+    branch: &BranchPlan,
+    now: &Plan,
+    (then, own): Then<'_>,
+    sharing: Sharing<'_>,
+) -> Option<Prepared> {
     let Entry { position, record } = entry;
     let mut prepared = Prepared { position: *position, record: Arc::clone(record), parts: Vec::new(), dropped: None };
-    let own = then.branches.iter().find(|other| other.name == branch.name || Some(&other.name) == branch.was.as_ref());
     let Some(own) = own else { return Some(prepared) };
     match meant_for(record, &own.sink, own.region.as_deref(), branch.target, then.origin.as_deref()) {
         Meant::Here => {}

@@ -5,12 +5,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::shelf::letter;
 use super::{
-    KEPT_FOR, KEY_WINDOW, Kind, append, branch, closed, id_of, in_time, keyed, payloads, read, settle_to, write,
+    KEPT_FOR, KEY_WINDOW, Kind, append, branch, closed, id_of, in_time, keyed, payloads, read, settle_to, until_epochs,
+    write,
 };
 use crate::record::{Position, RecordId};
 use crate::source::{
-    AdmitError, Admitted, BranchName, Fate, Found, Log, LogError, Scheduled, Settlement, Start, Write,
+    AdmitError, Admitted, BranchName, DeadQuery, DeadReason, Fate, Found, Log, LogError, Scheduled, Settlement, Start,
+    Write,
 };
 
 pub(super) async fn records_come_in_the_order_of_the_log_each_once<K: Kind>(kind: K) {
@@ -228,6 +231,33 @@ pub(super) async fn epochs_are_numbered_and_kept<K: Kind>(kind: K) {
     let kind = kind.reopen().await;
     assert_eq!(kind.log().epochs(), [first, second], "the branch is still before the second");
     assert_eq!(kind.log().put_epoch(Bytes::from_static(b"three")).await.unwrap().number, 3);
+}
+
+pub(super) async fn an_epoch_goes_when_no_cursor_and_no_row_needs_it_and_the_newest_stays<K: Kind>(kind: K) {
+    let (log, shelf) = (kind.log(), kind.shelf());
+    log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    for name in ["one", "two", "three", "four"] {
+        log.put_epoch(Bytes::from(name)).await.unwrap();
+        append(&log, &[name]).await;
+    }
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    let entries = read(&mut *start.subscription, 2).await;
+    let dead = vec![letter(&kind, &entries[1], DeadReason::Refused, false)];
+    let settlement = Settlement { dead, frontier: Some(Position(3)), ..Settlement::default() };
+    shelf.settle(&branch(), settlement).await.unwrap();
+    // The second record may be sent again, so the revision of its time stays, and all after it.
+    until_epochs(&log, &[2, 3, 4]).await;
+    assert_eq!(shelf.purge(DeadQuery { limit: 9, ..DeadQuery::default() }).await.unwrap(), 1);
+    settle_to(&shelf, 3).await;
+    // The record after the third is of the fourth revision.
+    until_epochs(&log, &[4]).await;
+    drop((log, shelf, start));
+    let kind = kind.reopen().await;
+    let log = kind.log();
+    until_epochs(&log, &[4]).await;
+    settle_to(&kind.shelf(), 4).await;
+    assert_eq!(log.put_epoch(Bytes::from_static(b"five")).await.unwrap().number, 5);
+    until_epochs(&log, &[5]).await;
 }
 
 pub(super) async fn a_branch_goes_on_under_another_name_and_is_forgotten_whole<K: Kind>(kind: K) {

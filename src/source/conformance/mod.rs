@@ -62,6 +62,7 @@ impl OnDisk {
             ballast_bytes: 0,
             // So small that segments are sealed, and can go.
             segment_bytes: 4 << 10,
+            look_every: Duration::from_millis(20),
             ..Options::new(folder.path().to_owned(), clock.clone())
         };
         Self { log: Embedded::open(options).unwrap(), folder, clock }
@@ -201,6 +202,16 @@ async fn until_counts(shelf: &Arc<dyn Shelf>, fine: impl Fn(&ShelfCounts) -> boo
     }
 }
 
+/// Waits until the log keeps these revisions.
+async fn until_epochs(log: &Arc<dyn Log>, expected: &[u32]) {
+    let numbers = || log.epochs().iter().map(|epoch| epoch.number).collect::<Vec<_>>();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while numbers() != expected {
+        assert!(std::time::Instant::now() < deadline, "{:?}, not {expected:?}", numbers());
+        tokio::task::yield_now().await;
+    }
+}
+
 /// Moves the frontier and waits until that is stored.
 async fn settle_to(shelf: &Arc<dyn Shelf>, position: u64) {
     // A dropped record makes the settlement one that is waited for.
@@ -260,6 +271,7 @@ suite! {
         what_is_finished_goes_by_size_and_what_is_not_stays
         what_is_finished_goes_by_age_and_what_is_not_stays
         a_closed_log_says_so_and_answers_whoever_waits
+        an_epoch_goes_when_no_cursor_and_no_row_needs_it_and_the_newest_stays
         a_branch_goes_on_under_another_name_and_is_forgotten_whole;
     shelf:
         what_is_parked_comes_when_it_is_due_in_that_order_and_never_before

@@ -49,7 +49,7 @@ fn aside<K: Kind>(kind: &K, entry: &Entry, attempts: u32) -> AsideRow {
     }
 }
 
-fn letter<K: Kind>(kind: &K, entry: &Entry, reason: DeadReason, overtaken: bool) -> DeadLetter {
+pub(super) fn letter<K: Kind>(kind: &K, entry: &Entry, reason: DeadReason, overtaken: bool) -> DeadLetter {
     DeadLetter {
         row: row(entry),
         branch: branch(),

@@ -104,6 +104,13 @@ impl Index {
         self.marks.get(at.saturating_sub(1)).copied()
     }
 
+    /// The last mark whose record entered the log before `floor`, and where the one after it starts.
+    pub fn seek_time(&self, floor: Timestamp) -> Option<(Mark, Option<u64>)> {
+        let at = self.marks.partition_point(|mark| mark.time < floor);
+        let mark = self.marks.get(at.checked_sub(1)?).copied()?;
+        Some((mark, self.marks.get(at).map(|next| next.offset)))
+    }
+
     /// The index of the frames in `segment`, which starts with `header_bytes` of header.
     ///
     /// # Errors

@@ -21,6 +21,8 @@ const BITS_PER_KEY: usize = 10;
 const PROBES: u64 = 6;
 /// Keys for which one block of the filter is made.
 const BLOCK_KEYS: usize = 1 << 17;
+/// Blocks that the filter may have beyond twice what the store's keys need.
+const SPARE_BLOCKS: usize = 8;
 
 /// The name under which a key is stored: a digest over namespace and key.
 pub fn key_hash(namespace: NamespaceNumber, key: &str) -> [u8; 16] {
@@ -83,8 +85,13 @@ struct Inner {
 /// A Bloom filter in blocks, which says of most keys that the store has never seen them.
 #[derive(Default)]
 struct Filter {
-    blocks: Vec<Vec<u64>>,
+    /// Each with its number; those that were filled from the store have 0.
+    blocks: Vec<(u64, Vec<u64>)>,
     in_last: usize,
+    /// The number of the newest block.
+    newest: u64,
+    /// It is being filled from the store.
+    learning: bool,
     /// Until it has seen the store's keys, every key may be there.
     complete: bool,
 }
@@ -100,11 +107,12 @@ impl Filter {
 
     fn insert(&mut self, hash: &[u8; 16]) {
         if self.blocks.is_empty() || self.in_last >= BLOCK_KEYS {
-            self.blocks.push(vec![0; BLOCK_KEYS * BITS_PER_KEY / 64]);
+            self.newest += 1;
+            self.blocks.push((self.newest, vec![0; BLOCK_KEYS * BITS_PER_KEY / 64]));
             self.in_last = 0;
         }
         self.in_last += 1;
-        if let Some(block) = self.blocks.last_mut() {
+        if let Some((_, block)) = self.blocks.last_mut() {
             for bit in Self::bits(hash) {
                 if let Some(word) = block.get_mut(bit / 64) {
                     *word |= 1 << (bit % 64);
@@ -114,7 +122,7 @@ impl Filter {
     }
 
     fn may_have(&self, hash: &[u8; 16]) -> bool {
-        let has = |block: &Vec<u64>| {
+        let has = |(_, block): &(u64, Vec<u64>)| {
             Self::bits(hash).all(|bit| block.get(bit / 64).is_some_and(|word| word & (1 << (bit % 64)) != 0))
         };
         !self.complete || self.blocks.iter().any(has)
@@ -128,15 +136,38 @@ impl Default for Keys {
 }
 
 impl Keys {
-    /// Fills the filter from the store's keys; until then every key is looked for there.
-    pub fn learn(&self, hashes: impl IntoIterator<Item = [u8; 16]>) {
-        let mut fresh = Filter { complete: true, ..Filter::default() };
-        hashes.into_iter().for_each(|hash| fresh.insert(&hash));
+    /// Fills the filter with all that `read` gives of the store's keys; until the first time every key is looked for there.
+    /// Blocks from number `from` on stay: their keys came after what is read.
+    ///
+    /// # Errors
+    /// What `read` says; the filter then stays as it is.
+    pub fn learn<E>(&self, from: u64, read: impl FnOnce(&mut dyn FnMut([u8; 16])) -> Result<(), E>) -> Result<(), E> {
+        let mut fresh = Filter::default();
+        let read = read(&mut |hash| fresh.insert(&hash));
         let mut filter = self.0.filter.write();
-        // What came meanwhile is in the old one's blocks.
-        fresh.blocks.append(&mut filter.blocks);
-        fresh.in_last = if fresh.blocks.is_empty() { 0 } else { BLOCK_KEYS };
-        *filter = fresh;
+        filter.learning = false;
+        read?;
+        let kept = std::mem::take(&mut filter.blocks).into_iter().filter(|(number, _)| *number >= from);
+        filter.blocks = fresh.blocks.into_iter().map(|(_, block)| (0, block)).chain(kept).collect();
+        filter.in_last = BLOCK_KEYS;
+        filter.complete = true;
+        Ok(())
+    }
+
+    /// When the filter is far too large for the `live` keys of the store, begins to make it anew: gives the number of the
+    /// block for the keys from here on. The store must show all that came before when it is read for [`Keys::learn`].
+    pub fn outgrown(&self, live: u64) -> Option<u64> {
+        let mut filter = self.0.filter.write();
+        let needed = usize::try_from(live).unwrap_or(usize::MAX) / BLOCK_KEYS;
+        if filter.learning
+            || !filter.complete
+            || filter.blocks.len() <= needed.saturating_mul(2).saturating_add(SPARE_BLOCKS)
+        {
+            return None;
+        }
+        filter.learning = true;
+        filter.in_last = BLOCK_KEYS;
+        Some(filter.newest + 1)
     }
 
     /// Takes a key for a write. What was written before `since` counts no more.
@@ -270,10 +301,41 @@ mod tests {
         held.keep(RecordId::from_bytes([1; 16]), Timestamp::MIN, None, Sequence(sequence));
     }
 
+    fn learn(keys: &Keys, from: u64, texts: &[&str]) {
+        let read = |each: &mut dyn FnMut([u8; 16])| {
+            texts.iter().for_each(|text| each(key_hash(NS, text)));
+            Ok::<_, ()>(())
+        };
+        keys.learn(from, read).unwrap();
+    }
+
+    #[test]
+    fn a_filter_that_has_outgrown_the_store_is_made_anew_and_forgets_no_key_that_came_meanwhile() {
+        let keys = Keys::default();
+        assert_eq!(keys.outgrown(0), None, "it is not complete yet");
+        learn(&keys, 1, &[]);
+        for number in 0..SPARE_BLOCKS as u64 + 1 {
+            assert_eq!(keys.outgrown(0), None);
+            keep(&keys, &format!("gone-{number}"), number);
+            // As if the block were full.
+            keys.0.filter.write().in_last = BLOCK_KEYS;
+        }
+        keys.committed(Sequence(100));
+        assert_eq!(keys.outgrown((BLOCK_KEYS * 2) as u64), None, "so many keys need their blocks");
+        let from = keys.outgrown(0).unwrap();
+        assert_eq!(keys.outgrown(0), None, "once at a time");
+        keep(&keys, "meanwhile", 101);
+        keys.committed(Sequence(101));
+        learn(&keys, from, &["kept"]);
+        assert_eq!((known(&keys, "kept", 1), known(&keys, "meanwhile", 1)), ("ask", "ask"));
+        assert_eq!(known(&keys, "gone-0", 1), "new");
+        assert_eq!(keys.0.filter.read().blocks.len(), 2);
+    }
+
     #[test]
     fn a_key_is_running_until_it_is_kept_and_free_again_when_it_is_dropped() {
         let keys = Keys::default();
-        keys.learn([]);
+        learn(&keys, 1, &[]);
         let Reserve::New(held) = keys.reserve(NS, &key("a", 1), Timestamp::MIN) else { panic!("taken") };
         assert_eq!(known(&keys, "a", 1), "running");
         drop(held);
@@ -286,7 +348,7 @@ mod tests {
     fn what_the_store_shows_is_asked_there_and_what_it_has_never_seen_is_not() {
         let keys = Keys::default();
         assert_eq!(known(&keys, "a", 1), "ask", "nothing has been learnt yet");
-        keys.learn([key_hash(NS, "old")]);
+        learn(&keys, 1, &["old"]);
         assert_eq!((known(&keys, "old", 1), known(&keys, "a", 1)), ("ask", "new"));
         keep(&keys, "a", 7);
         keys.committed(Sequence(6));
@@ -298,7 +360,7 @@ mod tests {
     #[test]
     fn a_key_of_long_ago_is_free_and_its_new_use_stays_until_the_store_shows_it() {
         let keys = Keys::default();
-        keys.learn([]);
+        learn(&keys, 1, &[]);
         let at = |millis| Timestamp::from_millis(millis);
         let keep = |written_at, sequence| {
             let (Reserve::New(held) | Reserve::Ask(held)) = keys.reserve(NS, &key("a", 1), written_at) else {

@@ -52,9 +52,8 @@ impl Embedded {
         let keys = shared.keys.clone();
         // A filter over millions of keys takes a while; until it is there each key is looked for in the store.
         std::thread::spawn(move || {
-            let mut hashes = Vec::new();
-            if reader.each_key(|hash| hashes.push(hash)).is_ok() {
-                keys.learn(hashes);
+            if let Err(error) = keys.learn(1, |each| reader.each_key(each)) {
+                tracing::warn!(%error, "the keys could not be read: each is looked for in the store");
             }
         });
         let failed =
@@ -99,7 +98,13 @@ impl Embedded {
         }
         let mut spaces = self.shared.spaces.write();
         if let Some(space) = spaces.by_name.get(name) {
-            *space.settings.write() = settings;
+            let mut known = space.settings.write();
+            if (known.backlog_age, known.drop_oldest) != (settings.backlog_age, settings.drop_oldest) {
+                // Found by the bound of before; the next look goes by the new one.
+                space.aged.store(0, Ordering::Release);
+            }
+            *known = settings;
+            drop(known);
             return Ok(Arc::new(EmbeddedNamespace::new(Arc::clone(&self.shared), Arc::clone(space))));
         }
         let number = NamespaceNumber(spaces.next);

@@ -28,6 +28,7 @@
 //! `durable` is the sequence that was durable when the frame was written, so a later frame proves that earlier damage is
 //! rot and no torn tail. `left` counts the frames of the same group that still follow: a group counts whole or not at all.
 
+mod age;
 mod ballast;
 mod batch;
 pub mod body;

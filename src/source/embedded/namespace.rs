@@ -59,6 +59,11 @@ impl EmbeddedNamespace {
         self.shared.flushed().await.unwrap();
     }
 
+    #[cfg(test)]
+    pub(super) const fn space_for_tests(&self) -> &Arc<Space> {
+        &self.space
+    }
+
     /// Asks the store once it shows everything that is durable now.
     async fn ask<T: Send + 'static>(
         &self,

@@ -43,6 +43,8 @@ pub struct Options {
     pub tail_bytes: u64,
     /// How long changes wait before `state.db` commits them.
     pub commit_every: Duration,
+    /// How often retention and the age of the backlog are looked at, and a full disk.
+    pub look_every: Duration,
 }
 
 impl Options {
@@ -65,6 +67,7 @@ impl Options {
             due_bytes: 32 << 20,
             tail_bytes: 1 << 20,
             commit_every: Duration::from_millis(250),
+            look_every: Duration::from_secs(5),
         }
     }
 
@@ -90,6 +93,8 @@ pub struct NamespaceSettings {
     pub drop_oldest: bool,
     /// How long idempotency keys are remembered.
     pub key_window: Duration,
+    /// How many idempotency keys are remembered at least; a few more may be, the oldest go in blocks.
+    pub key_max: u64,
     /// The largest payload.
     pub max_record_bytes: u64,
 }
@@ -103,6 +108,7 @@ impl Default for NamespaceSettings {
             backlog_age: Duration::from_secs(7 * 86_400),
             drop_oldest: false,
             key_window: Duration::from_secs(86_400),
+            key_max: 10_000_000,
             max_record_bytes: 1 << 20,
         }
     }

@@ -9,13 +9,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::batch::{Commit, Durable};
 use super::change::{Change, NamespaceNumber, Sequence};
 use super::disk::{Access, read_all, replace};
 use super::due::Due;
-use super::frame::HEADER_BYTES;
+use super::frame::{HEADER_BYTES, Header};
 use super::journal::{JournalFiles, OpenFile};
 use super::keys::Keys;
 use super::options::{NamespaceSettings, Options};
@@ -129,8 +127,16 @@ pub(super) fn recover(options: Options) -> Result<Recovered, OpenError> {
     let mut spaces = open_spaces(&state, &segment_files)?;
     let folder = options.data.join("journal");
     tried("make", &folder, disk.make_folder(&folder))?;
-    let mut groups: Vec<Vec<Scanned>> = Vec::new();
-    let found = scan(&*disk, &folder, state.checkpoint(), options.on_rot, &mut |group| groups.push(group))?;
+    let instance = Arc::new(Space::new(
+        NamespaceNumber(0),
+        None,
+        NamespaceSettings::default(),
+        Segments::new(&segment_files.root, NamespaceNumber(0)),
+    ));
+    let mut unsettled = Unsettled::new(&mut spaces, &instance, &segment_files);
+    let found = scan(&*disk, &folder, state.checkpoint(), options.on_rot, &mut |group| unsettled.add(group))?;
+    let Unsettled { commits, ownerless, last_time, stopped, failed, .. } = unsettled.finish();
+    failed.map_or(Ok(()), Err)?;
     if let Some(cut) = &found.cut {
         keep_aside(&options, cut)?;
     }
@@ -142,24 +148,12 @@ pub(super) fn recover(options: Options) -> Result<Recovered, OpenError> {
         &found.files,
     );
     let files = tried("open", &folder, files)?;
-    let file = tried("start a journal file in", &folder, rewrite_tail(&files, &found, &groups))?;
+    let file = tried("start a journal file in", &folder, rewrite_tail(&files, &found, &commits, &ownerless))?;
     if was_fenced {
         tried("remove", &fenced, disk.remove(&fenced).and_then(|()| disk.sync_folder(&options.data)))?;
     }
-    let last_change = groups.last().and_then(|group| group.last()).map(|last| &last.frame.change);
-    let clean = match last_change {
-        Some(change) => matches!(change, Change::Stopped),
-        None => state.stopped_orderly(),
-    };
-    let last_frame_time = groups.iter().flatten().map(|scanned| scanned.frame.time).max();
-    let time = state.last_time().max(last_frame_time.unwrap_or(Timestamp::MIN));
-    let instance = Arc::new(Space::new(
-        NamespaceNumber(0),
-        None,
-        NamespaceSettings::default(),
-        Segments::new(&segment_files.root, NamespaceNumber(0)),
-    ));
-    let commits = into_commits(&mut spaces, &instance, &segment_files, groups)?;
+    let clean = stopped.unwrap_or_else(|| state.stopped_orderly());
+    let time = state.last_time().max(last_time);
     let applied = state.applied();
     let shared = Arc::new(Shared::new(Parts {
         segments_root: segment_files.root.clone(),
@@ -210,6 +204,7 @@ fn open_spaces(state: &State, files: &SegmentFiles) -> Result<Spaces, OpenError>
         for (branch, cursor) in stored.branches {
             space.branch_opened(&branch, cursor, state.last_time());
         }
+        space.keys_forgotten(stored.keys_since);
         space.parked_bytes.store(stored.parked_bytes, std::sync::atomic::Ordering::Relaxed);
         let space = Arc::new(space);
         spaces.by_number.insert(stored.number, Arc::clone(&space));
@@ -234,70 +229,121 @@ fn keep_aside(options: &Options, cut: &Cut) -> Result<(), OpenError> {
 
 /// Writes what is not provably durable into a fresh file: the pages of the old one may be clean in memory and not on the
 /// disk (LOG.md 6, 7).
-fn rewrite_tail(files: &JournalFiles, found: &Scan, groups: &[Vec<Scanned>]) -> io::Result<OpenFile> {
-    let doubtful: Vec<&Scanned> =
-        groups.iter().flatten().filter(|frame| frame.header.sequence > found.durable).collect();
-    let first = doubtful.first().map_or(Sequence(found.last.0 + 1), |frame| frame.header.sequence);
+fn rewrite_tail(files: &JournalFiles, found: &Scan, commits: &[Commit], ownerless: &[Scanned]) -> io::Result<OpenFile> {
+    let owned =
+        commits.iter().flat_map(|commit| commit.frames.iter().map(|durable| (&durable.header, commit.raw(durable))));
+    let ownerless =
+        ownerless.iter().map(|frame| (&frame.header, frame.piece.get(frame.at..frame.end()).unwrap_or_default()));
+    let mut doubtful: Vec<(&Header, &[u8])> =
+        owned.chain(ownerless).filter(|(header, _)| header.sequence > found.durable).collect();
+    doubtful.sort_unstable_by_key(|(header, _)| header.sequence);
+    let first = doubtful.first().map_or(Sequence(found.last.0 + 1), |(header, _)| header.sequence);
     files.start_next(first, |salt| {
         let mut bytes = Vec::new();
-        for frame in doubtful {
-            bytes.extend_from_slice(&frame.header.encode(salt));
-            bytes.extend_from_slice(frame.raw.get(HEADER_BYTES..).unwrap_or_default());
+        for (header, raw) in doubtful {
+            bytes.extend_from_slice(&header.encode(salt));
+            bytes.extend_from_slice(raw.get(HEADER_BYTES..).unwrap_or_default());
         }
         bytes
     })
 }
 
-/// Turns groups into commits, and makes the namespaces that they create.
-fn into_commits(
-    spaces: &mut Spaces,
-    instance: &Arc<Space>,
-    files: &SegmentFiles,
-    groups: Vec<Vec<Scanned>>,
-) -> Result<Vec<Commit>, OpenError> {
-    let mut commits = Vec::new();
-    for group in groups {
-        let Some(first) = group.first() else { continue };
+/// What the journal has after the checkpoint, on its way into commits: one for each piece of a file, so that every byte is
+/// in memory once.
+struct Unsettled<'a> {
+    spaces: &'a mut Spaces,
+    instance: &'a Arc<Space>,
+    files: &'a SegmentFiles,
+    commits: Vec<Commit>,
+    /// The commit that is being made.
+    open: Option<Commit>,
+    /// Frames of namespaces that were deleted before the checkpoint: nothing of them is left to settle.
+    ownerless: Vec<Scanned>,
+    last_time: Timestamp,
+    /// Whether the last change of all was an orderly stop; `None` when there was none.
+    stopped: Option<bool>,
+    failed: Option<SegmentError>,
+}
+
+impl<'a> Unsettled<'a> {
+    fn new(spaces: &'a mut Spaces, instance: &'a Arc<Space>, files: &'a SegmentFiles) -> Self {
+        Self {
+            spaces,
+            instance,
+            files,
+            commits: Vec::new(),
+            open: None,
+            ownerless: Vec::new(),
+            last_time: Timestamp::MIN,
+            stopped: None,
+            failed: None,
+        }
+    }
+
+    /// Takes a group in, and makes the namespace that it creates.
+    fn add(&mut self, group: Vec<Scanned>) {
+        let (Some(first), Some(last)) = (group.first(), group.last()) else { return };
+        self.stopped = Some(matches!(last.frame.change, Change::Stopped));
+        self.last_time = self.last_time.max(last.frame.time);
         let number = first.frame.namespace;
         if let Change::NamespaceCreated { name } = &first.frame.change
-            && !spaces.by_number.contains_key(&number)
+            && !self.spaces.by_number.contains_key(&number)
             && let Ok(name) = name.parse::<Namespace>()
         {
-            // No checkpoint knows it, so what an earlier run left of it is cut somewhere, and a later checkpoint must not take
-            // it for a segment of its own.
-            let segments = Segments::open(files, number, None, Position(0))?;
+            // No checkpoint knows it, so what it has on disk is of no worth, and may be torn (LOG.md 4).
+            let segments = Segments::open(self.files, number, None, Position(0)).unwrap_or_else(|error| {
+                self.failed = Some(error);
+                Segments::new(&self.files.root, number)
+            });
             let space = Arc::new(Space::new(number, Some(name.clone()), NamespaceSettings::default(), segments));
-            spaces.by_number.insert(number, Arc::clone(&space));
-            spaces.by_name.insert(name, space);
-            spaces.next = spaces.next.max(number.0 + 1);
+            self.spaces.by_number.insert(number, Arc::clone(&space));
+            self.spaces.by_name.insert(name, space);
+            self.spaces.next = self.spaces.next.max(number.0 + 1);
         }
-        let space = if number.0 == 0 { Some(instance) } else { spaces.by_number.get(&number) };
-        // A namespace that was deleted before the checkpoint has nothing left to settle.
-        let Some(space) = space.cloned() else { continue };
-        let mut bytes = Vec::with_capacity(group.iter().map(|scanned| scanned.raw.len()).sum());
-        let mut frames = Vec::with_capacity(group.len());
-        let last = group.last().map_or(Sequence(0), |last| last.header.sequence);
-        for Scanned { header, frame, raw } in group {
-            let at = bytes.len();
-            bytes.extend_from_slice(&raw);
+        let space = if number.0 == 0 { Some(self.instance) } else { self.spaces.by_number.get(&number) };
+        let Some(space) = space.cloned() else {
+            self.ownerless.extend(group);
+            return;
+        };
+        if self.open.as_ref().is_none_or(|open| open.bytes.as_ptr() != first.piece.as_ptr()) {
+            let fresh = Commit { bytes: first.piece.clone(), frames: Vec::new(), runs: Vec::new(), last: Sequence(0) };
+            self.commits.extend(self.open.replace(fresh).map(fitting));
+        }
+        let Some(open) = &mut self.open else { return };
+        open.last = last.header.sequence;
+        match open.runs.last_mut() {
+            Some((same, count)) if Arc::ptr_eq(same, &space) => *count += group.len(),
+            _ => open.runs.push((space, group.len())),
+        }
+        for Scanned { header, frame, at, .. } in group {
             let record = match &frame.change {
                 Change::Append { record, .. } | Change::Release { record, .. } => {
                     Record::decode(record).ok().map(Arc::new)
                 }
                 _ => None,
             };
-            frames.push(Durable { header, at, frame, record });
+            open.frames.push(Durable { header, at, frame, record });
         }
-        let runs = vec![(space, frames.len())];
-        commits.push(Commit { bytes: Bytes::from(bytes), frames, runs, last });
     }
-    Ok(commits)
+
+    fn finish(mut self) -> Self {
+        self.commits.extend(self.open.take().map(fitting));
+        self
+    }
 }
 
-/// Puts a commit's changes back into memory. What `state.db` has applied is counted there already.
+/// A commit whose bytes are counted only as far as its frames go.
+fn fitting(mut commit: Commit) -> Commit {
+    let end = commit.frames.last().map_or(0, |last| last.at + last.header.frame_bytes());
+    commit.bytes.truncate(end);
+    commit.frames.shrink_to_fit();
+    commit
+}
+
+/// Puts a commit's changes back into memory, those that `state.db` has not applied; records all the same.
 fn remember(shared: &Arc<Shared>, commit: &Commit, applied: Sequence) {
-    let Some((space, _)) = commit.runs.first() else { return };
-    for durable in &commit.frames {
+    let spaces = commit.runs.iter().flat_map(|(space, count)| std::iter::repeat_n(space, *count));
+    for (space, durable) in spaces.zip(&commit.frames) {
         let frame = &durable.frame;
         if let (Some(record), Change::Append { position, .. } | Change::Release { position, .. }) =
             (&durable.record, &frame.change)
@@ -314,11 +360,9 @@ fn remember(shared: &Arc<Shared>, commit: &Commit, applied: Sequence) {
             let answer = (record.id, record.written_at, record.due_at);
             shared.keys.recall(frame.namespace, key, answer, frame.sequence);
         }
-        let counted = matches!(
-            frame.change,
-            Change::Park { .. } | Change::Release { .. } | Change::Cancel { .. } | Change::Move { .. }
-        );
-        if counted && frame.sequence <= applied {
+        // What the store has applied came from there, and more may have come after it: a branch that was renamed since
+        // would be there twice.
+        if frame.sequence <= applied && !matches!(frame.change, Change::NamespaceDeleted) {
             continue;
         }
         shared.remember(space, frame);

@@ -22,8 +22,55 @@ pub struct Scanned {
     pub header: Header,
     /// What it says.
     pub frame: Frame,
-    /// Its bytes, header included.
-    pub raw: Bytes,
+    /// A piece of the file in which it lies; `frame` holds on to no more than that.
+    pub piece: Bytes,
+    /// Where in the piece its header begins.
+    pub at: usize,
+}
+
+impl Scanned {
+    /// Where in the piece it ends.
+    pub const fn end(&self) -> usize {
+        self.at + self.header.frame_bytes()
+    }
+}
+
+/// Bytes of a piece, except where one group is larger. What is read from the journal stays in memory until the views have
+/// it, so it must not hold on to a whole file for one record.
+const PIECE: usize = if cfg!(test) { 1 << 10 } else { 256 << 10 };
+
+/// A file's bytes, given out in pieces.
+struct Pieces<'a> {
+    bytes: &'a [u8],
+    piece: Bytes,
+    start: usize,
+}
+
+impl Pieces<'_> {
+    /// Reads one whole group at `at`. Its first frame must have the sequence `next`.
+    fn group(&mut self, at: usize, salt: u32, next: Sequence) -> Result<(Vec<Scanned>, usize), NotAFrame> {
+        let mut size = PIECE;
+        loop {
+            if let Some(inside) = at.checked_sub(self.start).filter(|inside| *inside < self.piece.len()) {
+                let left = self.piece.get(inside..).unwrap_or_default();
+                let nothing = left.len() >= HEADER_BYTES && Header::decode(left, salt) == Err(NotAFrame::Empty);
+                let is_last = self.start + self.piece.len() >= self.bytes.len();
+                match group(&self.piece, inside, salt, next) {
+                    // The piece ends here, the file does not.
+                    Err(NotAFrame::Short | NotAFrame::Empty) if !nothing && !is_last => {}
+                    found => return found.map(|(group, end)| (group, self.start + end)),
+                }
+                if inside == 0 {
+                    size = self.piece.len().saturating_mul(4);
+                }
+            } else if at >= self.bytes.len() {
+                return Err(NotAFrame::Empty);
+            }
+            let rest = self.bytes.get(at..).unwrap_or_default();
+            self.piece = Bytes::copy_from_slice(rest.get(..size).unwrap_or(rest));
+            self.start = at;
+        }
+    }
 }
 
 /// A tail that was not wholly written; never acknowledged, or not known to be.
@@ -188,15 +235,15 @@ impl<F: FnMut(Vec<Scanned>)> Walk<'_, F> {
             .open(path, Access::Read)
             .and_then(|file| read_all(&*file))
             .map_err(|source| ScanError::Read { path: path.to_owned(), source })?;
-        let bytes = Bytes::from(bytes);
         let mut at = usize::try_from(DATA_START).unwrap_or(usize::MAX).min(bytes.len());
+        let mut pieces = Pieces { bytes: &bytes, piece: Bytes::new(), start: 0 };
         // The next sequence in this file; what is below `expected` has been applied already.
         let mut next = header.first;
         loop {
             if limit.is_some_and(|limit| next >= limit) {
                 return Ok(());
             }
-            match group(&bytes, at, header.salt, next) {
+            match pieces.group(at, header.salt, next) {
                 Ok((group, end)) => {
                     next = Sequence(next.0 + group.len() as u64);
                     if let Some(durable) = group.iter().map(|scanned| scanned.header.durable).max() {
@@ -225,7 +272,7 @@ impl<F: FnMut(Vec<Scanned>)> Walk<'_, F> {
     /// Decides what damage at `at` is. Gives where to go on in this file, if there is anything to go on with.
     fn damage(
         &mut self,
-        bytes: &Bytes,
+        bytes: &[u8],
         at: usize,
         salt: u32,
         next: Sequence,
@@ -233,10 +280,9 @@ impl<F: FnMut(Vec<Scanned>)> Walk<'_, F> {
         limit: Option<Sequence>,
     ) -> Result<Option<(usize, Sequence)>, ScanError> {
         if limit.is_none() && !is_rot(bytes, at, salt, next) {
-            let rest = bytes.slice(at..);
-            let len = written(&rest);
+            let rest = bytes.get(at..).unwrap_or_default();
+            let len = written(rest);
             if len > 0 {
-                // Copied: a slice would hold on to the whole file.
                 let bytes = Bytes::copy_from_slice(rest.get(..len).unwrap_or_default());
                 self.scan.cut = Some(Cut { path: path.to_owned(), offset: at as u64, bytes });
             }
@@ -270,7 +316,7 @@ fn written(bytes: &[u8]) -> usize {
     rest.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
 }
 
-/// Reads one whole group at `at`. Its first frame must have the sequence `next`.
+/// Reads one whole group at `at` of a piece.
 fn group(bytes: &Bytes, at: usize, salt: u32, next: Sequence) -> Result<(Vec<Scanned>, usize), NotAFrame> {
     let mut group: Vec<Scanned> = Vec::new();
     let mut at = at;
@@ -284,8 +330,8 @@ fn group(bytes: &Bytes, at: usize, salt: u32, next: Sequence) -> Result<(Vec<Sca
         if !fits {
             return Err(NotAFrame::Header);
         }
+        group.push(Scanned { header, frame, piece: bytes.clone(), at });
         at += header.frame_bytes();
-        group.push(Scanned { header, frame, raw: rest.slice(..header.frame_bytes()) });
         if header.left == 0 {
             return Ok((group, at));
         }

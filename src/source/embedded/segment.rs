@@ -123,6 +123,8 @@ pub struct Sealed {
     pub first: Position,
     /// Its bytes.
     pub bytes: u64,
+    /// When the record of its last mark was written, once somebody has asked.
+    pub newest: Option<Timestamp>,
 }
 
 struct Active {
@@ -135,8 +137,8 @@ struct Active {
     dirty: bool,
     /// Up to here the system has been asked to carry it to the disk.
     written_back: u64,
-    /// When its first frame was written.
-    since: Timestamp,
+    /// When its first record was written; `None` until somebody asks, or while there is none.
+    since: Option<Timestamp>,
 }
 
 /// Where to read on.
@@ -273,7 +275,8 @@ impl Segments {
                 Some((newest, _)) if first <= newest && matches!(ending, "seg" | "idx") => {
                     if ending == "seg" && first < newest {
                         let file = tried("open segment", &path, disk.open(&path, Access::Read))?;
-                        segments.sealed.push(Sealed { first, bytes: tried("measure segment", &path, file.size())? });
+                        let bytes = tried("measure segment", &path, file.size())?;
+                        segments.sealed.push(Sealed { first, bytes, newest: None });
                     }
                 }
                 _ => tried("remove", &path, disk.remove(&path))?,
@@ -290,8 +293,7 @@ impl Segments {
             let what = if short { NotAFrame::Short } else { NotAFrame::Header };
             let header = header.ok_or(SegmentError::Damaged { path: path.clone(), offset: 0, what })?;
             tried("cut segment", &path, file.set_len(len))?;
-            let since = Timestamp::MIN;
-            segments.active = Some(Active { header, len, index: None, dirty: false, written_back: len, since });
+            segments.active = Some(Active { header, len, index: None, dirty: false, written_back: len, since: None });
         }
         Ok(segments)
     }
@@ -311,14 +313,16 @@ impl Segments {
         self.active.as_ref().map(|active| (active.header.first, active.len))
     }
 
-    /// When the active segment's first frame was written, if that was in this run.
-    pub fn active_since(&self) -> Option<Timestamp> {
-        self.active.as_ref().map(|active| active.since)
-    }
-
     /// The sealed segments, oldest first.
     pub fn sealed(&self) -> &[Sealed] {
         &self.sealed
+    }
+
+    /// Notes when the record of a sealed segment's last mark was written.
+    pub fn learn_newest(&mut self, first: Position, time: Timestamp) {
+        if let Some(sealed) = self.sealed.iter_mut().find(|sealed| sealed.first == first) {
+            sealed.newest = Some(time);
+        }
     }
 
     /// Bytes of all segments.
@@ -361,7 +365,9 @@ impl Segments {
         files: &mut SegmentFiles,
         frames: &[(&Header, &Frame, &[u8])],
     ) -> Result<(), SegmentError> {
-        let Some((_, newest, _)) = frames.last() else { return Ok(()) };
+        if frames.is_empty() {
+            return Ok(());
+        }
         let position = frames.iter().find_map(|(_, frame, _)| match frame.change {
             Change::Append { position, .. } | Change::Release { position, .. } => Some(position),
             _ => None,
@@ -372,7 +378,7 @@ impl Segments {
             self.seal(files)?;
         }
         if self.active.is_none() {
-            self.start(files, first, newest.time)?;
+            self.start(files, first)?;
         }
         self.load_index(files)?;
         let Some(active) = &mut self.active else { return Ok(()) };
@@ -401,7 +407,7 @@ impl Segments {
         Ok(())
     }
 
-    fn start(&mut self, files: &mut SegmentFiles, first: Position, since: Timestamp) -> Result<(), SegmentError> {
+    fn start(&mut self, files: &mut SegmentFiles, first: Position) -> Result<(), SegmentError> {
         tried("make folder", &self.folder, files.disk.make_folder(&self.folder))?;
         let path = segment_path(&self.folder, first);
         let header = SegmentHeader { namespace: self.namespace, first, salt: fastrand::u32(1..) };
@@ -411,7 +417,7 @@ impl Segments {
         files.uses += 1;
         files.keep(self.namespace, first, file);
         let (len, index) = (SEGMENT_HEADER, Some(Index::new(SEGMENT_HEADER)));
-        self.active = Some(Active { header, len, index, dirty: true, written_back: 0, since });
+        self.active = Some(Active { header, len, index, dirty: true, written_back: 0, since: None });
         Ok(())
     }
 
@@ -432,9 +438,32 @@ impl Segments {
         self.write_index(files)?;
         if let Some(active) = self.active.take() {
             files.handles.remove(&(self.namespace, active.header.first));
-            self.sealed.push(Sealed { first: active.header.first, bytes: active.len });
+            let newest = active.index.as_ref().and_then(|index| index.marks.last()).map(|mark| mark.time);
+            self.sealed.push(Sealed { first: active.header.first, bytes: active.len, newest });
         }
         Ok(())
+    }
+
+    /// Ends the active segment when its first record was written before `floor`, and starts the next one: a checkpoint
+    /// names the active segment, so there always is one.
+    ///
+    /// # Errors
+    /// When reading or writing fails; the segment may then still be active.
+    pub fn seal_older(&mut self, files: &mut SegmentFiles, floor: Timestamp) -> Result<(), SegmentError> {
+        let Some(active) = self.active.as_mut().filter(|active| active.len > SEGMENT_HEADER) else { return Ok(()) };
+        if active.since.is_none() {
+            let first = |index: &Index| index.marks.first().map(|mark| mark.time);
+            active.since = match &active.index {
+                Some(index) => first(index),
+                // Only looked at: the index of a namespace that is idle stays out of memory.
+                None => first(&load_index(&*files.disk, &self.folder, active.header.first, active.len)?),
+            };
+        }
+        if active.since.is_none_or(|since| since >= floor) {
+            return Ok(());
+        }
+        self.seal(files)?;
+        self.start(files, self.settled.next())
     }
 
     /// Writes the active segment's sidecar if it has grown, so that a start need not read the segment.
@@ -475,7 +504,9 @@ impl Segments {
             sealed: true,
         });
         next.or_else(|| {
-            let active = self.active.as_ref().filter(|active| active.header.first > first)?;
+            // One that was started ahead of its first record has nothing to read yet.
+            let has_records = |active: &&Active| active.header.first > first && active.header.first <= self.settled;
+            let active = self.active.as_ref().filter(has_records)?;
             Some(Extent { first: active.header.first, bytes: active.len, sealed: false })
         })
     }

@@ -24,8 +24,8 @@ const WRITE_BYTES: usize = 4 << 20;
 /// Frames and bytes that one transaction of `state.db` takes at most.
 const COMMIT_FRAMES: usize = 20_000;
 const COMMIT_BYTES: usize = 16 << 20;
-/// How often retention is looked at, and a full disk.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Looks for which a trim waits for the checkpoint that lets it take a segment, before it brings one about.
+const HELD_LOOKS: u32 = 6;
 /// Journal files in use that bring a checkpoint about: repeated kills each leave one behind.
 const MANY_FILES: usize = 6;
 /// How long a full disk is waited for before the next look.
@@ -50,6 +50,10 @@ pub(super) struct Settler {
     replay: usize,
     /// By namespace: the active segment that the last checkpoint names. A start needs its file, so no trim takes it.
     marked: HashMap<NamespaceNumber, Position>,
+    /// Since when a trim waits for a checkpoint.
+    held_back: Option<Instant>,
+    /// The filter of keys has outgrown the store: from which block on it stays, and what the store must show first.
+    relearn: Option<(u64, Sequence)>,
     /// Deleted namespaces whose files go with the next checkpoint.
     doomed: Vec<Arc<Space>>,
 }
@@ -78,6 +82,8 @@ impl Settler {
             looked: now,
             replay,
             marked: marks.iter().map(|mark| (mark.namespace, mark.first)).collect(),
+            held_back: None,
+            relearn: None,
             doomed: Vec::new(),
         }
     }
@@ -93,7 +99,7 @@ impl Settler {
         self.prepare()?;
         loop {
             let timeout = if self.open.is_empty() {
-                LOOK_EVERY
+                self.shared.options.look_every
             } else {
                 self.shared.options.commit_every.saturating_sub(self.since.elapsed())
             };
@@ -110,16 +116,21 @@ impl Settler {
                 scheduled_step(&self.shared, &self.state);
             }
             let grown = self.unchecked >= self.shared.options.checkpoint_bytes || self.shared.files.live() > MANY_FILES;
-            let due = grown || !self.doomed.is_empty() || closed;
+            let held =
+                self.held_back.is_some_and(|since| since.elapsed() >= self.shared.options.look_every * HELD_LOOKS);
+            let due = grown || held || !self.doomed.is_empty() || closed;
             if due && self.replay == 0 && self.shared.status.fenced().is_none() {
                 self.commit(true)?;
             }
             if nudged {
                 self.prepare()?;
             }
-            if self.looked.elapsed() >= LOOK_EVERY {
+            if self.looked.elapsed() >= self.shared.options.look_every {
                 self.looked = Instant::now();
                 self.look();
+                if self.state.is_changed() && self.replay == 0 {
+                    self.commit(false)?;
+                }
             }
             if closed {
                 return Ok(());
@@ -234,8 +245,11 @@ impl Settler {
     }
 
     fn trim(&mut self, space: &Arc<Space>, first: Position) -> Result<(), Stop> {
-        let marked = self.marked.get(&space.number).copied().filter(|marked| *marked > Position(0));
-        let first = marked.map_or(first, |marked| first.min(marked));
+        let marked = self.marked.get(&space.number).copied().filter(|marked| *marked > Position(0) && *marked < first);
+        if marked.is_some() {
+            self.held_back.get_or_insert_with(Instant::now);
+        }
+        let first = marked.unwrap_or(first);
         let trimmed = space.segments.lock().trim(&self.files, first);
         match trimmed {
             Ok(_) => Ok(()),
@@ -323,7 +337,7 @@ impl Settler {
     fn commit(&mut self, durable: bool) -> Result<(), Stop> {
         let applied = self.reached;
         let checkpoint = if durable { Some(self.sync_segments()?) } else { None };
-        if checkpoint.is_none() && applied == self.state.applied() {
+        if checkpoint.is_none() && applied == self.state.applied() && !self.state.is_changed() {
             return Ok(());
         }
         while let Err(error) = self.state.commit(applied, checkpoint.as_ref()) {
@@ -342,6 +356,7 @@ impl Settler {
         self.shared.keys.committed(applied);
         if let Some(checkpoint) = checkpoint {
             self.unchecked = 0;
+            self.held_back = None;
             self.marked = checkpoint.segments.iter().map(|mark| (mark.namespace, mark.first)).collect();
             if let Err(error) = self.shared.files.recycle(applied) {
                 self.shared.fence(&format!("recycle journal files: {error}"));
@@ -400,14 +415,73 @@ impl Settler {
         Ok(Checkpoint { segments })
     }
 
+    /// Ends the active segments that are old, so that retention can take them.
+    fn seal_old(&mut self) -> Result<(), Stop> {
+        let now = self.shared.clock.now();
+        let spaces: Vec<Arc<Space>> = self.shared.spaces.read().by_number.values().cloned().collect();
+        for space in spaces {
+            let sealed = space.segments.lock().seal_older(&mut self.files, retention::seal_before(&space, now));
+            match sealed {
+                Ok(()) => {}
+                // The next look tries again.
+                Err(error) if error.is_full() => return Ok(()),
+                Err(error) => self.storage_failed(&error)?,
+            }
+        }
+        Ok(())
+    }
+
     fn look(&mut self) {
         if self.shared.status.is_disk_full() && self.prepare().is_err() {
             return;
         }
-        if let Some(floor) = retention::look(&self.shared)
-            && let Err(error) = self.state.drop_keys_before(floor)
-        {
-            tracing::warn!(%error, "old idempotency keys could not be dropped");
+        if self.replay == 0 && self.seal_old().is_err() {
+            return;
+        }
+        retention::look(&self.shared);
+        self.forget_keys();
+        self.forget_epochs();
+    }
+
+    /// Forgets the revisions of files that no record needs any more. While frames wait to be applied nobody can say.
+    fn forget_epochs(&mut self) {
+        if self.replay > 0 {
+            return;
+        }
+        let spaces: Vec<Arc<Space>> = self.shared.spaces.read().by_number.values().cloned().collect();
+        for space in spaces.into_iter().filter(|space| space.epochs.lock().len() > 1) {
+            match self.state.forget_epochs(space.number) {
+                Ok(None) => {}
+                Ok(Some(first)) => space.epochs.lock().retain(|epoch| epoch.number >= first),
+                Err(error) => tracing::warn!(%error, "old revisions could not be forgotten"),
+            }
+        }
+    }
+
+    /// Forgets the keys that no namespace needs any more, here and in the filter.
+    fn forget_keys(&mut self) {
+        match self.state.forget_keys(&retention::key_bounds(&self.shared)) {
+            Ok(changed) => {
+                let spaces = self.shared.spaces.read();
+                for (number, since) in changed {
+                    if let Some(space) = spaces.by_number.get(&number) {
+                        space.keys_forgotten(since);
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(%error, "old idempotency keys could not be forgotten"),
+        }
+        if self.relearn.is_none() {
+            let outgrown = self.shared.keys.outgrown(self.state.keys());
+            self.relearn = outgrown.map(|block| (block, self.shared.durable()));
+        }
+        if let Some((block, _)) = self.relearn.take_if(|(_, durable)| *durable <= self.state.applied()) {
+            let (keys, reader) = (self.shared.keys.clone(), self.shared.reader.clone());
+            std::thread::spawn(move || {
+                if let Err(error) = keys.learn(block, |each| reader.each_key(each)) {
+                    tracing::warn!(%error, "the keys could not be read; the filter stays as large as it is");
+                }
+            });
         }
     }
 }

@@ -4,7 +4,7 @@
 //! readers wait here for news. Locks are held for moments, and never across an await.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
@@ -20,6 +20,8 @@ use crate::source::{BranchName, Entry, Epoch};
 struct Recent {
     entry: Entry,
     bytes: u64,
+    /// When its frame was written; a released record entered the log long after it was accepted.
+    time: Timestamp,
 }
 
 /// The newest records, without a gap from `first` on.
@@ -98,6 +100,10 @@ pub(super) struct Space {
     pub(super) deleted: AtomicBool,
     /// Records that `on_full: drop` has ended.
     pub(super) overflowed: AtomicU64,
+    /// At the last look records up to here were older than the backlog may be; 0 = none.
+    pub(super) aged: AtomicU64,
+    /// Idempotency keys from before this time (milliseconds) have been forgotten.
+    keys_floor: AtomicI64,
 }
 
 impl Space {
@@ -139,6 +145,8 @@ impl Space {
             segments: Mutex::new(segments),
             deleted: AtomicBool::new(false),
             overflowed: AtomicU64::new(0),
+            aged: AtomicU64::new(0),
+            keys_floor: AtomicI64::new(0),
         }
     }
 
@@ -158,7 +166,7 @@ impl Space {
         {
             let mut tail = self.tail.lock();
             tail.bytes += bytes;
-            tail.entries.push_back(Recent { entry, bytes });
+            tail.entries.push_back(Recent { entry, bytes, time });
         }
         self.count(position, bytes, time);
         self.end.store(position.0, Ordering::Release);
@@ -318,12 +326,45 @@ impl Space {
             if let Some(first) = first.filter(|first| *first <= position)
                 && let Some(recent) = tail.entries.get(usize::try_from(position.0 - first.0).unwrap_or(usize::MAX))
             {
-                return Some(recent.entry.record.written_at);
+                return Some(recent.time);
             }
         }
         let milestones = self.milestones.lock();
         let at = milestones.list.partition_point(|milestone| milestone.position <= position);
         milestones.list.get(at.checked_sub(1)?)?.time
+    }
+
+    /// From when on every idempotency key is known: the window, less what had to go because there were too many.
+    pub(super) fn keys_known_since(&self, now: Timestamp) -> Timestamp {
+        let floor = Timestamp::from_millis(self.keys_floor.load(Ordering::Acquire));
+        now.saturating_sub(self.settings.read().key_window).max(floor)
+    }
+
+    /// Keys from before `since` have been forgotten.
+    pub(super) fn keys_forgotten(&self, since: Timestamp) {
+        self.keys_floor.fetch_max(since.as_millis(), Ordering::AcqRel);
+    }
+
+    /// A segment's first record entered the log then; after a start nobody knows before it is asked.
+    pub(super) fn learn_time(&self, first: Position, time: Timestamp) {
+        let mut milestones = self.milestones.lock();
+        if let Some(milestone) = milestones.list.iter_mut().find(|milestone| milestone.position == first) {
+            milestone.time.get_or_insert(time);
+        }
+    }
+
+    /// The newest record in memory whose frame was written before `floor`; `None` when the oldest there was not.
+    pub(super) fn recent_before(&self, floor: Timestamp) -> Option<Position> {
+        let tail = self.tail.lock();
+        let older = tail.entries.partition_point(|recent| recent.time < floor);
+        Some(tail.entries.get(older.checked_sub(1)?)?.entry.position)
+    }
+
+    /// The branch that is furthest behind, if it has not ended everything up to `position`.
+    pub(super) fn behind(&self, position: Position) -> Option<(BranchName, Position)> {
+        let branches = self.branches.lock();
+        let (name, branch) = branches.iter().min_by_key(|(_, branch)| branch.wanted)?;
+        (branch.wanted < position).then(|| (name.clone(), branch.wanted))
     }
 
     /// Forgets milestones below what is kept.

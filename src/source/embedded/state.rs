@@ -8,8 +8,10 @@
 mod apply;
 mod counts;
 mod dead;
+mod epochs;
 mod reader;
 mod schema;
+mod seen;
 #[cfg(test)]
 mod tests;
 mod waiting;
@@ -119,6 +121,8 @@ pub struct StoredNamespace {
     pub branches: Vec<(BranchName, Position)>,
     /// Bytes of its parked records.
     pub parked_bytes: u64,
+    /// Idempotency keys from before then have been forgotten.
+    pub keys_since: Timestamp,
 }
 
 /// The store. One owner; blocking.
@@ -134,8 +138,7 @@ pub struct State {
     orderly: bool,
     /// Parked in the open transaction and not written yet: what is released before the commit never is.
     pending: BTreeMap<Sequence, apply::Parked>,
-    /// Hourly tables of keys that are known to exist.
-    key_tables: std::collections::BTreeSet<i64>,
+    seen: seen::Seen,
     sampled: std::collections::HashMap<(NamespaceNumber, BranchName), Timestamp>,
 }
 
@@ -177,7 +180,7 @@ impl State {
         let orderly = meta("running")? == 0;
         let counts = Counts::default();
         counts.load(&db).map_err(failed(path, "count"))?;
-        let key_tables = schema::key_tables(&db).map_err(failed(path, "list the tables of keys"))?;
+        let seen = seen::Seen::load(&db).map_err(failed(path, "count the keys"))?;
         Ok(Self {
             db,
             path: path.to_owned(),
@@ -189,7 +192,7 @@ impl State {
             last_time,
             orderly,
             pending: BTreeMap::new(),
-            key_tables,
+            seen,
             sampled: std::collections::HashMap::new(),
         })
     }
@@ -205,6 +208,11 @@ impl State {
         };
         let said = read().map_err(failed(&self.path, "check the whole file"))?;
         Ok(said.into_iter().filter(|line| line != "ok").collect())
+    }
+
+    /// Something waits for the next commit, though it may be of no frame.
+    pub const fn is_changed(&self) -> bool {
+        self.open
     }
 
     /// Everything at or below is in the last commit.
@@ -265,7 +273,10 @@ impl State {
     pub fn namespaces(&self) -> Result<Vec<StoredNamespace>, StateError> {
         let act = failed(&self.path, "read the namespaces");
         let read = || {
-            let mut rows = self.db.prepare("SELECT number, name, deleted, first FROM namespaces ORDER BY number")?;
+            let mut rows = self.db.prepare(
+                "SELECT number, name, deleted, first, coalesce(since, 0) FROM namespaces
+                 LEFT JOIN key_floors ON namespace = number ORDER BY number",
+            )?;
             let stored = |row: &rusqlite::Row<'_>| {
                 let number_of: u32 = row.get(0)?;
                 Ok(StoredNamespace {
@@ -276,6 +287,7 @@ impl State {
                     epochs: Vec::new(),
                     branches: Vec::new(),
                     parked_bytes: self.counts.parked(NamespaceNumber(number_of)).1,
+                    keys_since: Timestamp::from_millis(row.get(4)?),
                 })
             };
             let mut all: Vec<StoredNamespace> = rows.query_map([], stored)?.collect::<Result<_, _>>()?;
@@ -327,6 +339,7 @@ impl State {
                 }
             }
             state.counts.store(db)?;
+            state.seen.store(db)?;
             drop(meta);
             db.execute_batch("COMMIT")
         };
@@ -364,6 +377,9 @@ impl State {
         }
         self.pending.clear();
         let _ = self.counts.load(&self.db);
+        if let Ok(seen) = seen::Seen::load(&self.db) {
+            self.seen = seen;
+        }
     }
 
     /// Writes a new file of the same content and puts it in this one's place: after a failed sync the old one's pages

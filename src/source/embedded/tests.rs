@@ -1,8 +1,10 @@
 //! The log as a whole, with tiny files so that rotation and checkpoints happen in every run.
 
+mod age;
 mod crash;
 mod double;
 mod entering;
+mod keys;
 mod power;
 mod recovery;
 mod repair;

@@ -238,10 +238,16 @@ impl Store {
         epoch
     }
 
-    /// An epoch stays while a cursor is before its end.
+    /// An epoch stays while a cursor is before its end, or a row that is set aside or dead.
     fn trim_epochs(&mut self) {
-        let lowest = self.branches.values().map(|branch| branch.cursor).min().unwrap_or_default();
-        let passed = self.epochs.iter().skip(1).take_while(|next| next.after < lowest).count();
+        let rows = |branch: &Branch| {
+            let aside = branch.aside.keys().map(|row| row.position);
+            let dead = branch.dead.values().map(|letter| letter.row.position);
+            aside.chain(dead).min()
+        };
+        let needed = |branch: &Branch| rows(branch).map_or(branch.cursor.next(), |row| row.min(branch.cursor.next()));
+        let needed = self.branches.values().map(needed).min().unwrap_or_default();
+        let passed = self.epochs.iter().skip(1).take_while(|next| next.after < needed).count();
         self.epochs.drain(..passed);
     }
 

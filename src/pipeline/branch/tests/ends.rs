@@ -3,6 +3,7 @@
 use super::*;
 use crate::pipeline::branch::Skip;
 use crate::pipeline::branch::aside::{Prepare, again};
+use crate::pipeline::revisions::InForce;
 use crate::source::{AsideRow, DeadReason, Entry, RowKey, Settlement};
 
 #[tokio::test(start_paused = true)]
@@ -179,8 +180,9 @@ async fn a_panic_on_a_row_of_the_shelf_is_that_records_error() {
     };
     let (branch, plan) = (&bench.plan.branches[0], &bench.plan);
     let panics: Prepare = |_, _, _, _, _| panic!("a stage that is not well");
-    let (parts, dropped) =
-        again(row, Arc::clone(branch), Arc::clone(plan), Arc::clone(plan), panics).await.expect("no fault of the log");
+    let (parts, dropped) = again(row, Arc::clone(branch), Arc::clone(plan), InForce::single(Arc::clone(plan)), panics)
+        .await
+        .expect("no fault of the log");
     assert!(dropped.is_none());
     let stillborn = parts.into_iter().next().unwrap().unwrap_err();
     assert_eq!(stillborn.reason, DeadReason::Script);

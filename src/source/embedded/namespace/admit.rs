@@ -1,12 +1,13 @@
 //! Admission: bounds, idempotency keys, and the wait for the group that makes the writes durable.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use super::EmbeddedNamespace;
-use crate::clock::Timestamp;
+use crate::record::Position;
 use crate::source::embedded::keys::{Reservation, Reserve};
 use crate::source::embedded::queue::{Answer, Ask, Refusal, Reply, Request};
 use crate::source::embedded::retention::drop_overflow;
@@ -100,7 +101,7 @@ impl EmbeddedNamespace {
         if let Some(reason) = self.shared.refusal() {
             return Err(AdmitError::Closed { reason });
         }
-        if self.space.deleted.load(std::sync::atomic::Ordering::Acquire) {
+        if self.space.deleted.load(Ordering::Acquire) {
             return Err(AdmitError::Closed { reason: "its namespace was deleted".into() });
         }
         if self.shared.status.is_disk_full() {
@@ -110,6 +111,12 @@ impl EmbeddedNamespace {
         let limit = settings.max_record_bytes;
         if let Some(bytes) = writes.iter().map(|write| write.record.payload.len() as u64).find(|bytes| *bytes > limit) {
             return Err(AdmitError::TooLarge { bytes, limit });
+        }
+        let aged = Position(self.space.aged.load(Ordering::Acquire));
+        if aged > Position(0)
+            && let Some((branch, _)) = self.space.behind(aged)
+        {
+            return Err(AdmitError::BacklogOld { branch, limit: settings.backlog_age });
         }
         let bytes = self.space.unfinished_bytes();
         if bytes > settings.backlog_bytes {
@@ -125,10 +132,8 @@ impl EmbeddedNamespace {
 
     /// Reserves a key, or says what its first use gave.
     async fn key(&self, key: &IdempotencyKey) -> Result<Keyed, AdmitError> {
-        let window = self.space.settings.read().key_window;
         let deadline = tokio::time::Instant::now() + KEY_WAIT;
-        let now = self.shared.clock.now().as_millis();
-        let since = Timestamp::from_millis(now.saturating_sub(i64::try_from(window.as_millis()).unwrap_or(i64::MAX)));
+        let since = self.space.keys_known_since(self.shared.clock.now());
         loop {
             match self.shared.keys.reserve(self.space.number, key, since) {
                 Reserve::New(reservation) => return Ok(Keyed::Go(Some(reservation))),
@@ -143,7 +148,8 @@ impl EmbeddedNamespace {
                 }
                 Reserve::Ask(reservation) => {
                     let (reader, hash) = (self.shared.reader.clone(), *reservation.hash());
-                    let found = tokio::task::spawn_blocking(move || reader.key(&hash, since)).await;
+                    let number = self.space.number;
+                    let found = tokio::task::spawn_blocking(move || reader.key(number, &hash, since)).await;
                     let unreadable = |reason: String| AdmitError::Closed { reason: reason.into() };
                     let found = found.map_err(|error| unreadable(error.to_string()))?;
                     return match found.map_err(|error| unreadable(error.to_string()))? {

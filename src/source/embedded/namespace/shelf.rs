@@ -241,7 +241,8 @@ impl Shelf for EmbeddedNamespace {
             parked: counts.parked(self.space.number).0,
             aside: counts.aside(self.space.number),
             dead: counts.dead(self.space.number),
-            keys_since: None,
+            keys_since: Some(self.space.keys_known_since(self.shared.clock.now())),
+            overflowed: self.overflowed(),
         }
     }
 }

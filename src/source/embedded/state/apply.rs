@@ -4,12 +4,11 @@ use bytes::Bytes;
 use rusqlite::params;
 
 use super::counts::Kind;
-use super::{State, StateError, failed, schema, sql};
+use super::{State, StateError, failed, sql};
 use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
 use crate::source::embedded::change::{Change, Frame, NamespaceNumber, Sequence};
-use crate::source::embedded::keys::key_hash;
-use crate::source::{AsideRow, BranchName, DeadLetter, IdempotencyKey, RowKey, StoredPause};
+use crate::source::{AsideRow, BranchName, DeadLetter, RowKey, StoredPause};
 
 /// Cancelled ids that are remembered for look-ups.
 const CANCELLED: u64 = 100_000;
@@ -341,13 +340,6 @@ impl State {
         let first = sql(first.0);
         self.db.execute("UPDATE namespaces SET first = max(first, ?) WHERE number = ?", params![first, namespace.0])?;
         self.db.execute("DELETE FROM samples WHERE namespace = ? AND position < ?", params![namespace.0, first])?;
-        // An epoch is needed while a cursor is before the next one.
-        self.db.execute(
-            "DELETE FROM epochs WHERE namespace = ?1 AND number < (
-               SELECT max(number) FROM epochs WHERE namespace = ?1 AND after < ?2
-                 AND after <= (SELECT coalesce(min(cursor), ?2) FROM branches WHERE namespace = ?1))",
-            params![namespace.0, first],
-        )?;
         Ok(())
     }
 
@@ -391,47 +383,6 @@ impl State {
             "UPDATE branches SET unclean = CASE WHEN stopped_at = cursor THEN unclean + 1 ELSE 1 END, stopped_at = cursor"
         };
         self.db.execute(count, [])?;
-        Ok(())
-    }
-
-    fn see_key(
-        &mut self,
-        frame: &Frame,
-        idempotency: Option<&IdempotencyKey>,
-        record: &Bytes,
-        due_at: Option<Timestamp>,
-    ) -> rusqlite::Result<()> {
-        let Some(IdempotencyKey { key, fingerprint }) = idempotency else { return Ok(()) };
-        let Ok(record) = Record::decode(record) else { return Ok(()) };
-        let hour = frame.time.as_millis() / 3_600_000;
-        if self.key_tables.insert(hour) {
-            schema::make_key_table(&self.db, hour)?;
-        }
-        let put = format!(
-            "INSERT OR REPLACE INTO keys_{hour} (hash, fingerprint, id, written_at, due) VALUES (?, ?, ?, ?, ?)"
-        );
-        self.db.prepare_cached(&put)?.execute(params![
-            key_hash(frame.namespace, key).as_slice(),
-            fingerprint.as_slice(),
-            record.id.as_bytes().as_slice(),
-            record.written_at.as_millis(),
-            due_at.map(Timestamp::as_millis)
-        ])?;
-        Ok(())
-    }
-
-    /// Drops the tables of keys from hours that ended before `floor`.
-    ///
-    /// # Errors
-    /// When SQLite fails.
-    pub fn drop_keys_before(&mut self, floor: Timestamp) -> Result<(), StateError> {
-        let hour = floor.as_millis() / 3_600_000;
-        while let Some(first) = self.key_tables.first().copied().filter(|first| *first < hour) {
-            self.begin()?;
-            let drop = format!("DROP TABLE IF EXISTS keys_{first}");
-            self.db.execute_batch(&drop).map_err(failed(&self.path, "drop old keys"))?;
-            self.key_tables.remove(&first);
-        }
         Ok(())
     }
 }

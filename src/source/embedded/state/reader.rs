@@ -8,7 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::{Counts, StateError, number, open_reader, schema, sql};
+use super::{Counts, StateError, number, open_reader, schema, seen, sql};
 use crate::clock::Timestamp;
 use crate::record::{Position, RecordId};
 use crate::source::embedded::change::{NamespaceNumber, Sequence};
@@ -158,13 +158,22 @@ impl StateReader {
     ///
     /// # Errors
     /// When SQLite fails.
-    pub fn key(&self, hash: &[u8; 16], since: Timestamp) -> Result<Option<SeenKey>, StateError> {
+    pub fn key(
+        &self,
+        namespace: NamespaceNumber,
+        hash: &[u8; 16],
+        since: Timestamp,
+    ) -> Result<Option<SeenKey>, StateError> {
         self.with(|db| {
-            for hour in schema::key_tables(db)?.into_iter().rev() {
-                if hour < since.as_millis() / 3_600_000 {
+            // One view of the file for the list of tables and what is in them: any may go meanwhile.
+            let _view = db.unchecked_transaction()?;
+            for table in schema::key_tables(db)?.into_iter().rev() {
+                if table < seen::first_table(since) {
                     break;
                 }
-                let query = format!("SELECT fingerprint, id, written_at, due FROM keys_{hour} WHERE hash = ?");
+                let query = format!(
+                    "SELECT fingerprint, id, written_at, due FROM keys_{table} WHERE namespace = ? AND hash = ?"
+                );
                 let seen = |row: &rusqlite::Row<'_>| {
                     Ok(SeenKey {
                         fingerprint: row.get(0)?,
@@ -173,7 +182,8 @@ impl StateReader {
                         due_at: row.get::<_, Option<i64>>(3)?.map(Timestamp::from_millis),
                     })
                 };
-                let found = db.prepare_cached(&query)?.query_row([hash.as_slice()], seen).optional()?;
+                let found =
+                    db.prepare_cached(&query)?.query_row(params![namespace.0, hash.as_slice()], seen).optional()?;
                 if let Some(found) = found {
                     return Ok((found.written_at >= since).then_some(found));
                 }
@@ -182,21 +192,21 @@ impl StateReader {
         })
     }
 
-    /// Hands every known key's hash to `each`, and gives the start of the oldest hour that is kept.
+    /// Hands every known key's hash to `each`.
     ///
     /// # Errors
     /// When SQLite fails.
-    pub fn each_key(&self, mut each: impl FnMut([u8; 16])) -> Result<Option<Timestamp>, StateError> {
+    pub fn each_key(&self, each: &mut dyn FnMut([u8; 16])) -> Result<(), StateError> {
         self.with(|db| {
-            let hours = schema::key_tables(db)?;
-            for hour in &hours {
-                let mut select = db.prepare(&format!("SELECT hash FROM keys_{hour}"))?;
+            let _view = db.unchecked_transaction()?;
+            for table in schema::key_tables(db)? {
+                let mut select = db.prepare(&format!("SELECT hash FROM keys_{table}"))?;
                 let mut rows = select.query([])?;
                 while let Some(row) = rows.next()? {
                     each(row.get(0)?);
                 }
             }
-            Ok(hours.first().map(|hour| Timestamp::from_millis(hour * 3_600_000)))
+            Ok(())
         })
     }
 }

@@ -49,6 +49,10 @@ CREATE TABLE epochs (namespace INTEGER NOT NULL, number INTEGER NOT NULL, after 
   PRIMARY KEY (namespace, number)) WITHOUT ROWID;
 CREATE TABLE counts (namespace INTEGER NOT NULL, branch TEXT NOT NULL, kind TEXT NOT NULL, rows INTEGER NOT NULL,
   bytes INTEGER NOT NULL, PRIMARY KEY (namespace, branch, kind)) WITHOUT ROWID;
+-- Keys are in tables of their own: `keys_` and 1,024 times the hour, plus which of that hour's tables it is.
+CREATE TABLE key_counts (namespace INTEGER NOT NULL, hour INTEGER NOT NULL, keys INTEGER NOT NULL, newest INTEGER NOT NULL,
+  PRIMARY KEY (namespace, hour)) WITHOUT ROWID;
+CREATE TABLE key_floors (namespace INTEGER PRIMARY KEY, since INTEGER NOT NULL);
 ";
 
 /// Opens the file for its one owner, makes the tables when it is new.
@@ -81,7 +85,7 @@ pub(super) fn open(path: &Path) -> Result<Connection, StateError> {
     }
 }
 
-/// The hours for which there is a table of keys.
+/// The numbers of the tables of keys.
 pub(super) fn key_tables(db: &Connection) -> rusqlite::Result<BTreeSet<i64>> {
     let mut names =
         db.prepare("SELECT substr(name, 6) FROM sqlite_master WHERE type = 'table' AND name GLOB 'keys_[0-9]*'")?;
@@ -89,10 +93,10 @@ pub(super) fn key_tables(db: &Connection) -> rusqlite::Result<BTreeSet<i64>> {
     hours.map(|hour| hour.map(|hour| hour.parse().unwrap_or(0))).collect()
 }
 
-/// Makes the table of one hour's keys.
-pub(super) fn make_key_table(db: &Connection, hour: i64) -> rusqlite::Result<()> {
+/// Makes a table of keys.
+pub(super) fn make_key_table(db: &Connection, table: i64) -> rusqlite::Result<()> {
     db.execute_batch(&format!(
-        "CREATE TABLE IF NOT EXISTS keys_{hour} (hash BLOB PRIMARY KEY, fingerprint BLOB NOT NULL, id BLOB NOT NULL,
-         written_at INTEGER NOT NULL, due INTEGER) WITHOUT ROWID"
+        "CREATE TABLE IF NOT EXISTS keys_{table} (namespace INTEGER NOT NULL, hash BLOB NOT NULL, fingerprint BLOB NOT NULL,
+         id BLOB NOT NULL, written_at INTEGER NOT NULL, due INTEGER, PRIMARY KEY (namespace, hash)) WITHOUT ROWID"
     ))
 }

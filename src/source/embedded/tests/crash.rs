@@ -125,3 +125,64 @@ async fn parked_records_keys_and_dead_letters_outlive_a_crash() {
     assert_eq!(payloads(&read(&mut *start.subscription, 1).await), [Bytes::from("\"later\"")]);
     again.close().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_branch_that_was_renamed_or_forgotten_is_there_once_after_a_crash_whatever_the_store_has_applied() {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), clock());
+    let log = open(folder.path(), &clock);
+    let namespace = orders(&log);
+    let named = |name: &str| BranchName::new(name, None);
+    for name in ["a", "gone"] {
+        namespace.open_branch(&named(name), Start::Earliest).await.unwrap();
+    }
+    append(&namespace, 0..3).await;
+    for (from, to) in [("a", "b"), ("b", "c")] {
+        namespace.rename_branch(&named(from), &named(to)).await.unwrap();
+    }
+    namespace.forget_branch(&named("gone")).await.unwrap();
+    namespace.shared_for_tests().flushed().await.unwrap();
+    let crashed = snapshot(folder.path());
+    log.close().await;
+    let again = open(crashed.path(), &clock);
+    assert_eq!(orders(&again).branches(), [named("c")]);
+    again.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_has_each_byte_of_the_journal_in_memory_once_and_no_record_holds_on_to_a_file() {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), clock());
+    let whole = || Options { journal_file_bytes: 1 << 20, checkpoint_bytes: 1 << 30, ..options(folder.path(), &clock) };
+    let log = Embedded::open(whole()).unwrap();
+    let namespace = orders(&log);
+    append(&namespace, 0..200).await;
+    // A group that is larger than a piece, and one that is larger than a piece's next size.
+    for bytes in [3_000, 90_000] {
+        namespace.admit(vec![write(None, &"x".repeat(bytes)), write(None, "small")]).await.unwrap();
+    }
+    append(&namespace, 200..300).await;
+    let crashed = snapshot(folder.path());
+    log.close().await;
+    let mut pieces = std::collections::BTreeMap::new();
+    let (mut frames, mut bytes) = (0, 0);
+    let mut each = |group: Vec<scan::Scanned>| {
+        for scanned in group {
+            frames += 1;
+            bytes += scanned.end() - scanned.at;
+            pieces.insert(scanned.piece.as_ptr() as usize, scanned.piece.len());
+            // Kept, so that no later piece takes its place.
+            std::mem::forget(scanned.piece);
+        }
+    };
+    let disk = disk::RealDisk;
+    let found = scan::scan(&disk, &crashed.path().join("journal"), change::Sequence(0), scan::OnRot::Refuse, &mut each);
+    assert!(found.unwrap().cut.is_none());
+    assert!(frames > 300 && pieces.len() > 20, "{frames} frames in {} pieces", pieces.len());
+    let held: usize = pieces.values().sum();
+    assert!(held < bytes * 5 / 2, "{held} bytes are held for {bytes}");
+    let again = open(crashed.path(), &clock);
+    let mut start = orders(&again).open_branch(&sink(), Start::Earliest).await.unwrap();
+    let read = payloads(&read(&mut *start.subscription, 304).await);
+    assert_eq!([&read[..200], &read[204..]].concat(), numbers(0..300));
+    assert_eq!((read[200].len(), read[202].len()), (3_000, 90_000));
+    again.close().await;
+}
