@@ -85,10 +85,10 @@ async fn the_commands_of_the_readme_do_what_it_says() {
 }
 
 #[test]
-fn the_pipeline_file_of_the_readme_and_every_example_is_valid() {
+fn the_pipeline_files_of_the_readme_and_every_example_are_valid() {
     let yaml = blocks("yaml");
-    assert_eq!(yaml.len(), 1);
-    let place = Place::new().pipeline("readme.yaml", &yaml[0]);
+    assert_eq!(yaml.len(), 2);
+    let place = Place::new().pipeline("readme.yaml", &yaml[0]).pipeline("hop.yaml", &yaml[1]);
     let output = place.command(&["run", "--dry-run", "pipelines"]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     for folder in ["examples/quickstart", "pipelines"] {
