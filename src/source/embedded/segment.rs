@@ -496,17 +496,18 @@ impl Segments {
         sealed.or(active)
     }
 
-    /// The segment after the one that starts with `first`.
+    /// The segment after the one that starts with `first`, if it has a record to read.
     pub fn after(&self, first: Position) -> Option<Extent> {
-        let next = self.sealed.iter().find(|sealed| sealed.first > first).map(|sealed| Extent {
-            first: sealed.first,
-            bytes: sealed.bytes,
-            sealed: true,
-        });
+        // One that was started ahead of its first record has none yet.
+        self.later(first).filter(|extent| extent.sealed || extent.first <= self.settled)
+    }
+
+    /// The segment after the one that starts with `first`, though it may hold nothing but drops of earlier records.
+    pub fn later(&self, first: Position) -> Option<Extent> {
+        let sealed = self.sealed.iter().find(|sealed| sealed.first > first);
+        let next = sealed.map(|sealed| Extent { first: sealed.first, bytes: sealed.bytes, sealed: true });
         next.or_else(|| {
-            // One that was started ahead of its first record has nothing to read yet.
-            let has_records = |active: &&Active| active.header.first > first && active.header.first <= self.settled;
-            let active = self.active.as_ref().filter(has_records)?;
+            let active = self.active.as_ref().filter(|active| active.header.first > first)?;
             Some(Extent { first: active.header.first, bytes: active.len, sealed: false })
         })
     }

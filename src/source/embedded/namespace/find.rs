@@ -112,7 +112,7 @@ impl EmbeddedNamespace {
         loop {
             let here = index.dropped.iter().filter(|((at, _), _)| *at == position);
             dropped.extend(here.map(|((_, branch), reason)| (branch.clone(), reason.clone())));
-            let Some(next) = self.space.segments.lock().after(first) else { return Ok(dropped) };
+            let Some(next) = self.space.segments.lock().later(first) else { return Ok(dropped) };
             (first, index) = (next.first, self.index(next)?);
         }
     }
