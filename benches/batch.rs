@@ -3,7 +3,14 @@
 //! `cargo bench --bench batch -- [LINES] [ROUNDS]`, lines in millions. Each half starts on an empty folder below the
 //! temporary one (`TMPDIR`, which must lie on the disk that is meant), and nothing is delivered meanwhile.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a measurement that cannot go on says why and ends")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    clippy::indexing_slicing,
+    reason = "a measurement that cannot go on says why and ends; its numbers are small"
+)]
 
 use std::fs;
 use std::io::{Read, Write as _};

@@ -57,7 +57,7 @@ mod tests {
     proptest! {
         #[test]
         fn however_a_body_is_cut_its_lines_are_the_same(body in "[ab \r\n]{0,40}", cuts in prop::collection::vec(0..40_usize, 0..8)) {
-            let expected: Vec<&str> = body.split('\n').map(|line| line.trim_ascii()).collect();
+            let expected: Vec<&str> = body.split('\n').map(str::trim_ascii).collect();
             let mut ends: Vec<usize> = cuts.into_iter().map(|cut| cut.min(body.len())).chain([0, body.len()]).collect();
             ends.sort_unstable();
             let (mut lines, mut found) = (Lines::default(), Vec::new());

@@ -4,10 +4,9 @@
 
 use std::io;
 
+use super::ZEROS;
 use super::disk::Access;
 use super::options::Options;
-
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Makes the ballast if it is not there, all of it or none.
 ///

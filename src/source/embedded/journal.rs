@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::ZEROS;
 use super::change::Sequence;
 use super::disk::{Access, Disk, DiskFile};
 
@@ -17,7 +18,6 @@ pub const DATA_START: u64 = 4096;
 const MAGIC: [u8; 8] = *b"walflowJ";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 36;
-static ZEROS: [u8; 256 * 1024] = [0; 256 * 1024];
 
 /// What a journal file's first bytes say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -72,6 +72,9 @@ use log::scheduled_step;
 /// The file that says that a sync has failed.
 const FENCED: &str = "FENCED";
 
+/// What fills a file that is made ahead, and what was never written to one.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
 /// Whether the disk, or the quota on it, is full.
 fn is_full(error: &std::io::Error) -> bool {
     use std::io::ErrorKind;

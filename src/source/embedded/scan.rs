@@ -9,12 +9,11 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
+use super::ZEROS;
 use super::change::{Frame, Sequence};
 use super::disk::{Access, Disk, read_all};
 use super::frame::{HEADER_BYTES, Header, MAGIC, NotAFrame, read_frame};
 use super::journal::{BadHeader, DATA_START, FileHeader, live_numbers, live_path};
-
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// One frame as it lies in the journal.
 pub struct Scanned {
