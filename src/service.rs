@@ -204,6 +204,8 @@ pub async fn run(settings: Settings) -> Result<(), ServiceError> {
     tasks.close();
     let _ = tokio::time::timeout(Duration::from_secs(1), tasks.wait()).await;
     info!("stopped");
+    // Everything is closed. To give back a large log in memory record by record takes seconds; the process's end does not.
+    std::mem::forget(pipelines);
     fenced.map_or(Ok(()), |reason| Err(ServiceError::Fenced { reason }))
 }
 

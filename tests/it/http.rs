@@ -6,7 +6,7 @@ use http::StatusCode;
 use serde_json::{Value, json};
 use walflow::clock::Timestamp;
 
-use crate::harness::{Place, Running};
+use crate::harness::{Place, Running, until_status};
 
 const PIPELINE: &str = r"namespace: desk
 source:
@@ -97,6 +97,32 @@ async fn each_refusal_has_its_status_its_code_and_says_that_nothing_was_written(
     assert_eq!(write(&running, json_kind, hourly.clone()).await.0, 202);
     let (status, answer, waits) = write(&running, json_kind, hourly).await;
     assert_eq!((status, &answer["code"], waits), (429, &json!("rate"), true));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_backlog_refuses_with_a_time_to_come_again_and_room_lets_in_again() {
+    let bounds = "source: { backlog: { size: 8KiB }, limits: { record: 1KiB } }";
+    let place = Place::new()
+        .pipeline("p.yaml", &format!("namespace: full\n{bounds}\nsink: {{ file: {{ path: out.ndjson }} }}\n"));
+    let running = place.start().await;
+    assert_eq!(running.cli(&place, &["branch", "pause", "full", "file"]).0, 0);
+    let body = json!({"namespace": "full", "payload": "x".repeat(512)}).to_string();
+    let mut accepted = 0;
+    let refused = loop {
+        let (status, answer, waits) = write(&running, "application/json", body.clone()).await;
+        if status != 202 {
+            break (status, answer["code"].clone(), answer["durable"].clone(), waits);
+        }
+        accepted += 1;
+        assert!(accepted < 100, "there is no bound");
+    };
+    assert_eq!(refused, (503, json!("backlog_full"), json!("failed"), true));
+    let (status, answer) =
+        running.post("/api/v1/wal/write/batch", &serde_json::from_str(&body).unwrap()).await.unwrap();
+    assert_eq!((status.as_u16(), &answer["code"], &answer["durable"]), (200, &json!("backlog_full"), &json!("failed")));
+    assert_eq!(running.cli(&place, &["branch", "resume", "full", "file"]).0, 0);
+    until_status(&running, "full", "room", |status| status["branches"][0]["lagRecords"] == 0).await;
+    assert_eq!(write(&running, "application/json", body).await.0, 202);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
