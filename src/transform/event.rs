@@ -27,8 +27,8 @@ pub struct Event {
     pub child: Child,
     /// The key now.
     pub key: Option<Arc<str>>,
-    /// The headers now.
-    pub headers: Arc<Headers>,
+    /// The headers that a stage made; `None` = the record's own.
+    headers: Option<Arc<Headers>>,
     bytes: Bytes,
     forms: Arc<Forms>,
     /// Calls of `uuid` and `random` so far, so that each stage draws anew.
@@ -49,7 +49,7 @@ impl Event {
         Self {
             child: 0,
             key: record.key.clone(),
-            headers: Arc::new(record.headers.clone()),
+            headers: None,
             bytes: record.payload.clone(),
             forms: Arc::default(),
             calls: 0,
@@ -63,6 +63,16 @@ impl Event {
         self.bytes = bytes;
         self.forms = Arc::default();
         self
+    }
+
+    /// The headers now.
+    pub fn headers(&self) -> &Headers {
+        self.headers.as_deref().unwrap_or(&self.record.headers)
+    }
+
+    /// The event has other headers from now on.
+    pub(super) fn set_headers(&mut self, headers: Headers) {
+        self.headers = Some(Arc::new(headers));
     }
 
     /// The payload's bytes: the client's own where no stage changed them.

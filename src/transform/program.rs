@@ -129,7 +129,7 @@ impl Program {
                 .push_dynamic("key", event.key.as_deref().map_or(Dynamic::UNIT, |text| Dynamic::from(text.to_owned())));
         }
         if self.uses.headers {
-            scope.push_dynamic("headers", Dynamic::from_map(headers_map(&event.headers)));
+            scope.push_dynamic("headers", Dynamic::from_map(headers_map(event.headers())));
         }
         if self.uses.record {
             scope.push_dynamic("record", Dynamic::from_map(self.record_map(&event.record)));
@@ -165,7 +165,8 @@ impl Program {
 
     fn new_headers(&self, event: &Event, headers: &Dynamic) -> Result<Option<Headers>, Fault> {
         let headers = functions::headers_of(headers).map_err(|why| self.fault(why))?;
-        let same = headers.len() == event.headers.len() && headers.iter().all(|pair| event.headers.contains(pair));
+        let now = event.headers();
+        let same = headers.len() == now.len() && headers.iter().all(|pair| now.contains(pair));
         Ok((!same).then_some(headers))
     }
 

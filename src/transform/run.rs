@@ -2,8 +2,6 @@
 //!
 //! The payload is parsed at most once and written at most once in a chain; what no stage changed keeps its bytes.
 
-use std::sync::Arc;
-
 use super::convert::{self, Parsed};
 use super::guard::MAX_CHILDREN;
 use super::program::{Answer, Program, Ran};
@@ -126,7 +124,7 @@ fn step(stage: &Program, work: Work) -> Result<Step, Fault> {
                 event.key = key;
             }
             if let Some(headers) = ran.headers {
-                event.headers = Arc::new(headers);
+                event.set_headers(headers);
             }
             if ran.children.is_empty() {
                 let touched = if stage.uses.payload { Some(next) } else { touched };
@@ -142,7 +140,7 @@ fn step(stage: &Program, work: Work) -> Result<Step, Fault> {
                     event.key = key;
                 }
                 if let Some(headers) = child.headers {
-                    event.headers = Arc::new(headers);
+                    event.set_headers(headers);
                 }
                 Ok(Work { event, payload: None, touched: None, next: next + 1 })
             });

@@ -99,7 +99,7 @@ mod payloads {
         let events = delivered(&text, event("not json"));
         assert_eq!(events[0].payload(), "not json");
         assert_eq!(events[0].key.as_deref(), Some("k1-2"));
-        assert!(events[0].headers.contains(&("seen".into(), "true".into())));
+        assert!(events[0].headers().contains(&("seen".into(), "true".into())));
         says("payload.a = 1;", "not json", LINE, "the payload is not JSON");
     }
 
@@ -206,8 +206,8 @@ mod emitted {
         assert_eq!(payloads, [&b"\"a\""[..], b"\"b\"", b"1"]);
         assert_eq!(children.iter().map(|child| child.child).collect::<Vec<_>>(), [1, 2, 3]);
         assert_eq!(children[0].key.as_deref(), Some("k1"));
-        assert_eq!(*children[0].headers, [("source".into(), "test".into())]);
-        assert_eq!((children[2].key.as_deref(), children[2].headers.len()), (None, 1));
+        assert_eq!(*children[0].headers(), [("source".into(), "test".into())]);
+        assert_eq!((children[2].key.as_deref(), children[2].headers().len()), (None, 1));
     }
 
     #[test]
@@ -264,7 +264,7 @@ mod same_again {
         for event in [event("{}"), Event::original(Arc::new(other))] {
             let [one, two] = &delivered(&text, event)[..] else { panic!() };
             let drawn = |event: &Event, name: &str| {
-                event.headers.iter().find(|(known, _)| &**known == name).map(|(_, id)| id.to_string()).unwrap()
+                event.headers().iter().find(|(known, _)| &**known == name).map(|(_, id)| id.to_string()).unwrap()
             };
             ids.extend(["a", "b", "c"].map(|name| drawn(one, name)));
             ids.extend([drawn(one, "d"), drawn(two, "d")]);

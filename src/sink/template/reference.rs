@@ -167,10 +167,10 @@ impl Reference {
             Root::Region => text(scope.operation.region.as_deref()),
             Root::Sink => text(Some(&scope.context.sink)),
             Root::Header(name) => {
-                text(event.headers.iter().find(|(known, _)| known == name).map(|(_, value)| &**value))
+                text(event.headers().iter().find(|(known, _)| known == name).map(|(_, value)| &**value))
             }
             Root::Headers => {
-                let pairs = event.headers.iter().map(|(name, value)| (name.to_string(), Value::from(&**value)));
+                let pairs = event.headers().iter().map(|(name, value)| (name.to_string(), Value::from(&**value)));
                 Some(Found::Json(Cow::Owned(Value::Object(pairs.collect()).to_string())))
             }
             Root::Payload(path) if record.binary => {
