@@ -348,7 +348,7 @@ pub(super) async fn a_closed_log_says_so_and_answers_whoever_waits<K: Kind>(kind
     let admitted = in_time("admit", log.admit(vec![write(None, "2")])).await;
     assert!(matches!(admitted, Err(AdmitError::Closed { .. })), "{admitted:?}");
     let next = in_time("next", async {
-        while start.subscription.next(100, usize::MAX).await?.len() > 0 {}
+        while !start.subscription.next(100, usize::MAX).await?.is_empty() {}
         Ok::<_, LogError>(())
     });
     closed("next", next.await);

@@ -19,7 +19,8 @@ pub(super) fn look(shared: &Arc<Shared>) -> Option<Timestamp> {
     let now = shared.clock.now();
     let spaces: Vec<Arc<Space>> = shared.spaces.read().by_number.values().cloned().collect();
     let mut window = None;
-    for space in &spaces {
+    let told = |space: &&Arc<Space>| space.told.load(Ordering::Acquire);
+    for space in spaces.iter().filter(told) {
         let settings = space.settings.read().clone();
         window = window.max(Some(settings.key_window));
         if settings.drop_oldest {
@@ -30,7 +31,8 @@ pub(super) fn look(shared: &Arc<Shared>) -> Option<Timestamp> {
             shared.send(space, vec![Draft::Change(Change::Trim { first })]);
         }
     }
-    let window = window?;
+    // The keys of all lie together, so the longest window decides, and it has to be known.
+    let window = window.filter(|_| spaces.iter().all(|space| told(&space)))?;
     Some(Timestamp::from_millis(now.as_millis().saturating_sub(i64::try_from(window.as_millis()).unwrap_or(i64::MAX))))
 }
 

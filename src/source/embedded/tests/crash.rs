@@ -60,7 +60,7 @@ async fn a_torn_tail_is_cut_and_what_is_written_next_stands_in_its_place() {
     let end = bytes.iter().rposition(|byte| *byte != 0).unwrap() + 1;
     // The last record's frame: from its last byte back over all of it.
     let frame = bytes.windows(2).rposition(|two| two == super::frame::MAGIC).unwrap();
-    for cut in [frame, (frame + end) / 2, end - 1] {
+    for cut in [frame, usize::midpoint(frame, end), end - 1] {
         let torn = snapshot(crashed.path());
         let mut damaged = bytes.clone();
         damaged[cut..].fill(0);
