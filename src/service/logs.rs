@@ -65,7 +65,7 @@ impl Logs {
         names
     }
 
-    /// The pair of a namespace; `plan` gives its bounds, the usual ones hold where there is none.
+    /// The pair of a namespace; `plan` gives its bounds, and without one it keeps those that it has.
     pub(super) fn namespace(&self, name: &Namespace, plan: Option<&Plan>) -> Result<Opened, LogError> {
         if let Some(plan) = plan.filter(|plan| plan.source.kind == SourceKind::Memory) {
             let mut memory = self.memory.lock();
@@ -74,7 +74,11 @@ impl Logs {
             pair.remember_keys_for(plan.source.idempotency.window.0);
             return Ok(Opened { log: Arc::clone(pair) as Arc<dyn Log>, shelf: Arc::clone(pair) as Arc<dyn Shelf> });
         }
-        let pair = self.embedded.namespace(name, plan.map(settings).unwrap_or_default())?;
+        let held = if plan.is_none() { self.embedded.held(name)? } else { None };
+        let pair = match held {
+            Some(held) => held,
+            None => self.embedded.namespace(name, plan.map(settings).unwrap_or_default())?,
+        };
         Ok(Opened { log: Arc::clone(&pair) as Arc<dyn Log>, shelf: pair })
     }
 

@@ -165,6 +165,9 @@ impl Pipelines {
         let epochs = opened.log.epochs();
         let mut earlier = self.earlier(&name, &epochs);
         let Some(plan) = plan.or_else(|| earlier.last().map(|(_, plan)| Arc::clone(plan))) else { return gone(self) };
+        // The bounds are the plan's, also where it is an earlier one.
+        let opened =
+            if matches!(config, Config::Current) { opened } else { self.logs.namespace(&name, Some(&plan))? };
         // Who met an epoch without a plan would wait for ever: what cannot be made any more goes by the newest.
         for epoch in &epochs {
             if !earlier.iter().any(|(number, _)| *number == epoch.number) {

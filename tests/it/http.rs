@@ -30,8 +30,10 @@ async fn ask(running: &Running, method: &str, path: &str, key: Option<&str>) -> 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_route_of_the_contract_is_there_and_asks_for_a_key_unless_it_says_otherwise() {
-    let place = Place::new().pipeline("p.yaml", "namespace: calm\nsink: { file: { path: out.ndjson } }\n");
-    let running = place.environment("VALID_API_KEYS", "sesame,other").start().await;
+    let place = Place::new()
+        .pipeline("p.yaml", "namespace: calm\nsink: { file: { path: out.ndjson } }\n")
+        .environment("VALID_API_KEYS", "sesame,other");
+    let running = place.start().await;
     let (status, contract) = ask(&running, "GET", "/api/openapi.json", None).await;
     assert_eq!(status, 200);
     for (template, methods) in contract["paths"].as_object().unwrap() {

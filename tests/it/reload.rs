@@ -132,6 +132,32 @@ async fn a_broken_file_keeps_its_last_good_plan_over_a_restart_too() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_file_keeps_the_bounds_of_its_last_good_plan_over_a_restart_too() {
+    let away = Receiver::judging(|_| 503).await;
+    let yaml = format!(
+        "namespace: bounded\nsource: {{ backlog: {{ size: 20KiB }}, limits: {{ record: 4KiB }} }}\nsink: {{ http: {{ url: '{}' }} }}\n",
+        away.url
+    );
+    let place = Place::new().pipeline("p.yaml", &yaml);
+    let mut running = place.start().await;
+    running.accepted("bounded", None, json!("first")).await;
+    assert!(running.stop().await.success());
+    place.put("p.yaml", &format!("{yaml}nonsense: 1\n"));
+    let running = place.start().await;
+    assert_eq!(running.status("bounded").await["config"]["state"], "stale");
+    let text = "x".repeat(1_000);
+    for _ in 0..100 {
+        let (status, body) = running.write(&json!({"namespace": "bounded", "payload": text})).await.unwrap();
+        if status != 202 {
+            assert_eq!((status.as_u16(), &body["durable"]), (503, &json!("failed")), "{body}");
+            assert!(body.to_string().contains("backlog"), "{body}");
+            return;
+        }
+    }
+    panic!("100 KiB were taken into a backlog of 20");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_that_never_was_good_answers_503_and_the_others_run() {
     let place = Place::new()
         .pipeline("p.yaml", "namespace: never\nsink: { nonsense: {} }\n")

@@ -88,7 +88,19 @@ impl Embedded {
         Ok(Arc::new(Self { shared, threads: Mutex::new(Some(Threads { writer, settler })) }))
     }
 
-    /// A namespace's log and shelf; it is made when it is not there yet.
+    /// A namespace that the log holds, with the bounds that it has.
+    ///
+    /// # Errors
+    /// When the log is closed.
+    pub fn held(&self, name: &Namespace) -> Result<Option<Arc<EmbeddedNamespace>>, LogError> {
+        if let Some(reason) = self.shared.refusal() {
+            return Err(LogError::Closed(reason));
+        }
+        let space = self.shared.spaces.read().by_name.get(name).cloned();
+        Ok(space.map(|space| Arc::new(EmbeddedNamespace::new(Arc::clone(&self.shared), space))))
+    }
+
+    /// A namespace's log and shelf with these bounds; it is made when it is not there yet.
     ///
     /// # Errors
     /// When the log is closed.
@@ -105,12 +117,14 @@ impl Embedded {
             }
             *known = settings;
             drop(known);
+            space.told.store(true, Ordering::Release);
             return Ok(Arc::new(EmbeddedNamespace::new(Arc::clone(&self.shared), Arc::clone(space))));
         }
         let number = NamespaceNumber(spaces.next);
         spaces.next += 1;
         let segments = Segments::new(&self.shared.segments_root, number);
         let space = Arc::new(Space::new(number, Some(name.clone()), settings, segments));
+        space.told.store(true, Ordering::Release);
         spaces.by_number.insert(number, Arc::clone(&space));
         spaces.by_name.insert(name.clone(), Arc::clone(&space));
         // Queued before any write of the namespace can be, and durable with or before the first of them.

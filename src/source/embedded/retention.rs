@@ -22,11 +22,14 @@ const SEALS_AN_AGE: u32 = 8;
 /// No segment is ended earlier because of its age.
 const SEAL_AFTER: Duration = Duration::from_mins(1);
 
-/// By namespace: from when on its keys are needed, and how many of them.
+/// By namespace: from when on its keys are needed, and how many of them. All of a namespace whose file was not read yet.
 pub(super) fn key_bounds(shared: &Shared) -> HashMap<NamespaceNumber, (Timestamp, u64)> {
     let now = shared.clock.now();
     let spaces = shared.spaces.read();
     let bound = |space: &Arc<Space>| {
+        if !space.told.load(Ordering::Acquire) {
+            return (space.number, (Timestamp::MIN, u64::MAX));
+        }
         let settings = space.settings.read();
         (space.number, (now.saturating_sub(settings.key_window), settings.key_max))
     };
@@ -37,7 +40,8 @@ pub(super) fn key_bounds(shared: &Shared) -> HashMap<NamespaceNumber, (Timestamp
 pub(super) fn look(shared: &Arc<Shared>) {
     let now = shared.clock.now();
     let spaces: Vec<Arc<Space>> = shared.spaces.read().by_number.values().cloned().collect();
-    for space in &spaces {
+    let told = |space: &&Arc<Space>| space.told.load(Ordering::Acquire);
+    for space in spaces.iter().filter(told) {
         let settings = space.settings.read().clone();
         if settings.drop_oldest {
             drop_overflow(shared, space);

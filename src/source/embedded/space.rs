@@ -74,6 +74,8 @@ pub(super) struct Space {
     /// Its name; `None` for the instance's own frames.
     pub name: Option<Namespace>,
     pub(super) settings: RwLock<NamespaceSettings>,
+    /// The settings are its own. Until then, after a start, nothing of it is forgotten.
+    pub(super) told: AtomicBool,
     tail: Mutex<Tail>,
     /// The newest durable position.
     end: AtomicU64,
@@ -129,6 +131,7 @@ impl Space {
             number,
             name,
             settings: RwLock::new(settings),
+            told: AtomicBool::new(false),
             tail: Mutex::default(),
             end: AtomicU64::new(end),
             assigned: AtomicU64::new(end),

@@ -64,6 +64,39 @@ async fn row_05_a_trim_or_delete_that_the_last_checkpoint_does_not_know_survives
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn after_a_start_nothing_is_forgotten_by_bounds_that_are_not_the_namespaces_own() {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), clock());
+    let days = |days: u64| Duration::from_secs(days * 86_400);
+    let name: Namespace = "orders".parse().unwrap();
+    let patient = NamespaceSettings { retention_age: days(30), key_window: days(30), ..NamespaceSettings::default() };
+    let log = open(folder.path(), &clock);
+    let namespace = log.namespace(&name, patient.clone()).unwrap();
+    namespace.open_branch(&sink(), Start::Earliest).await.unwrap();
+    append(&namespace, 0..100).await;
+    settle_all(&namespace).await;
+    log.close().await;
+    drop((namespace, log));
+    // Older than a day, after which all of it would go by the usual bounds.
+    clock.advance(days(3));
+    let log = open(folder.path(), &clock);
+    let other = log.namespace(&"other".parse().unwrap(), NamespaceSettings::default()).unwrap();
+    let shared = Arc::clone(other.shared_for_tests());
+    assert_eq!(retention::look(&shared), None, "keys may be needed whose window is not known");
+    let held = log.held(&name).unwrap().unwrap();
+    held.tidy_for_tests().await;
+    let all = BranchName::new("all", None);
+    let mut start = held.open_branch(&all, Start::Earliest).await.unwrap();
+    assert_eq!(payloads(&read(&mut *start.subscription, 100).await), numbers(0..100));
+    held.forget_branch(&all).await.unwrap();
+    let namespace = log.namespace(&name, NamespaceSettings { retention_age: days(2), ..patient }).unwrap();
+    let floor = retention::look(&shared);
+    assert_eq!(floor, Some(Timestamp::from_millis(clock.now().as_millis() - 30 * 86_400_000)));
+    namespace.tidy_for_tests().await;
+    assert!(namespace.open_branch(&all, Start::Earliest).await.unwrap().cursor > Position(0), "now it may go");
+    log.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn row_14_a_branch_is_given_no_more_than_the_window_beyond_its_stored_cursor() {
     let (folder, clock) = (tempfile::tempdir().unwrap(), clock());
     let log = Embedded::open(Options { window: 10, ..options(folder.path(), &clock) }).unwrap();
