@@ -7,6 +7,7 @@ mod keys;
 mod power;
 mod repair;
 mod rows;
+mod salvage;
 mod verbs;
 
 use std::path::Path;
