@@ -96,7 +96,8 @@ fn repair(args: &LogArgs) -> Result<(), Stop> {
 }
 
 fn show(damage: &Damage) -> std::io::Result<()> {
-    output::data(&format!("{} at byte {}: {}", damage.path.display(), damage.offset, damage.what))
+    let place = if damage.offset > 0 { format!(" at byte {}", damage.offset) } else { String::new() };
+    output::data(&format!("{}{place}: {}", damage.path.display(), damage.what))
 }
 
 impl From<OpenError> for Stop {

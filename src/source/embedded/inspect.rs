@@ -18,7 +18,7 @@ use super::recovery::{OpenError, claim};
 use super::scan::{OnRot, scan};
 use super::segment::{SEGMENT_HEADER, SegmentHeader};
 use super::state::State;
-use super::{Embedded, Options};
+use super::{Embedded, Options, salvage};
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
 use crate::source::BranchName;
@@ -81,7 +81,7 @@ pub struct Dumped {
     pub detail: Option<String>,
 }
 
-fn tried<T>(act: &'static str, path: &Path, result: std::io::Result<T>) -> Result<T, OpenError> {
+pub(super) fn tried<T>(act: &'static str, path: &Path, result: std::io::Result<T>) -> Result<T, OpenError> {
     result.map_err(|source| OpenError::Storage { act, path: path.to_owned(), source })
 }
 
@@ -102,15 +102,13 @@ pub fn verify(data: &Path) -> Result<Verified, OpenError> {
     let mut verified = Verified::default();
     let database = data.join("state.db");
     let (mut after, mut marks) = (Sequence(0), Vec::new());
-    match State::open(&database, Arc::clone(&options.disk)) {
-        Ok(state) => {
-            after = state.checkpoint();
-            marks = state.segment_marks()?;
-            let problems = state.check()?;
-            verified.damage.extend(problems.into_iter().map(|what| Damage { path: database.clone(), offset: 0, what }));
-        }
-        Err(error) => verified.damage.push(Damage { path: database, offset: 0, what: error.to_string() }),
-    }
+    let read = State::open(&database, Arc::clone(&options.disk)).and_then(|state| {
+        after = state.checkpoint();
+        marks = state.segment_marks()?;
+        state.check()
+    });
+    let problems = read.unwrap_or_else(|error| vec![error.to_string()]);
+    verified.damage.extend(problems.into_iter().map(|what| Damage { path: database.clone(), offset: 0, what }));
     let mut frames = 0;
     let mut count = |group: Vec<_>| frames += group.len() as u64;
     let found = scan(&*options.disk, &data.join("journal"), after, OnRot::Skip, &mut count)?;
@@ -177,7 +175,7 @@ pub fn dump(data: &Path, give: &mut dyn FnMut(Dumped)) -> Result<(), OpenError> 
 /// Gives up what is damaged and makes the folder one that opens. Gives what was lost.
 ///
 /// # Errors
-/// When the folder is in use, cannot be written, or `state.db` itself is damaged: that wants a back-up.
+/// When the folder is in use or cannot be written.
 pub async fn repair(data: &Path) -> Result<Vec<Damage>, OpenError> {
     let options = Options { on_rot: OnRot::Skip, ..options(data)? };
     let mut lost = {
@@ -188,13 +186,21 @@ pub async fn repair(data: &Path) -> Result<Vec<Damage>, OpenError> {
         }
         let mut lost = before;
         lost.extend(move_headless(&options)?);
+        // Last, since it goes by what segments and journal say.
+        lost.extend(salvage::mend(&options)?);
         lost
     };
+    let disk = Arc::clone(&options.disk);
+    let is_mended = lost.iter().any(|damage| damage.path.ends_with("state.db"));
     let log = Embedded::open(options)?;
     for what in log.health().damaged {
         lost.push(Damage { path: data.join("journal"), offset: 0, what: what.to_string() });
     }
     log.close().await;
+    drop(log);
+    if is_mended {
+        salvage::recount(data, &disk)?;
+    }
     Ok(lost)
 }
 
@@ -289,7 +295,7 @@ fn filler(segment: &SegmentHeader, bytes: usize) -> Option<Vec<u8>> {
     Some(make(bytes.checked_sub(least)?))
 }
 
-fn read_file(disk: &dyn Disk, path: &Path) -> std::io::Result<Vec<u8>> {
+pub(super) fn read_file(disk: &dyn Disk, path: &Path) -> std::io::Result<Vec<u8>> {
     disk.open(path, Access::Read).and_then(|file| read_all(&*file))
 }
 
@@ -297,7 +303,7 @@ fn name_of(first: Position) -> String {
     format!("{:020}.seg", first.0)
 }
 
-fn segment_files(disk: &dyn Disk, data: &Path) -> Result<Vec<(NamespaceNumber, PathBuf)>, OpenError> {
+pub(super) fn segment_files(disk: &dyn Disk, data: &Path) -> Result<Vec<(NamespaceNumber, PathBuf)>, OpenError> {
     let root = data.join("segments");
     let mut files = Vec::new();
     for namespace in tried("list", &root, disk.list(&root))? {
@@ -313,7 +319,7 @@ fn segment_files(disk: &dyn Disk, data: &Path) -> Result<Vec<(NamespaceNumber, P
 }
 
 /// Reads a segment's frames in order, up to the first that is none.
-fn walk(bytes: &[u8], give: &mut dyn FnMut(&Header, &Frame)) -> Result<(), (u64, NotAFrame)> {
+pub(super) fn walk(bytes: &[u8], give: &mut dyn FnMut(&Header, &Frame)) -> Result<(), (u64, NotAFrame)> {
     let header = SegmentHeader::decode(bytes).ok_or((0, NotAFrame::Header))?;
     let bytes = Bytes::copy_from_slice(bytes);
     let mut at = SEGMENT_HEADER as usize;
@@ -339,7 +345,7 @@ fn next_frame(bytes: &[u8], offset: u64) -> Option<usize> {
     }
 }
 
-fn position_of(change: &Change) -> Option<Position> {
+pub(super) fn position_of(change: &Change) -> Option<Position> {
     match change {
         Change::Append { position, .. } | Change::Release { position, .. } => Some(*position),
         _ => None,

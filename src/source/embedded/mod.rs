@@ -48,6 +48,7 @@ mod queue;
 mod reader;
 mod recovery;
 mod retention;
+mod salvage;
 pub mod scan;
 pub mod segment;
 mod settle;

@@ -91,7 +91,10 @@ impl EmbeddedNamespace {
         let known = self.space.branches.lock().contains_key(&name);
         if !known {
             let kept = Position(self.space.first_kept.load(Ordering::Acquire).saturating_sub(1));
+            let forgotten = self.space.start_over.load(Ordering::Relaxed) > kept.0;
             let position = match start {
+                // It may be one whose cursor a repair has lost: rather a record twice than never.
+                _ if forgotten => kept,
                 Start::Earliest => kept,
                 Start::Latest => self.space.end(),
                 Start::After(position) => position.max(kept),

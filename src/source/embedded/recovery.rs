@@ -205,6 +205,7 @@ fn open_spaces(state: &State, files: &SegmentFiles) -> Result<Spaces, OpenError>
             space.branch_opened(&branch, cursor, state.last_time());
         }
         space.keys_forgotten(stored.keys_since);
+        space.start_over.store(stored.start_over.0, std::sync::atomic::Ordering::Relaxed);
         space.parked_bytes.store(stored.parked_bytes, std::sync::atomic::Ordering::Relaxed);
         let space = Arc::new(space);
         spaces.by_number.insert(stored.number, Arc::clone(&space));

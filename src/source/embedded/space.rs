@@ -106,6 +106,8 @@ pub(super) struct Space {
     pub(super) aged: AtomicU64,
     /// Idempotency keys from before this time (milliseconds) have been forgotten.
     keys_floor: AtomicI64,
+    /// A repair has lost cursors of records up to here.
+    pub(super) start_over: AtomicU64,
 }
 
 impl Space {
@@ -150,6 +152,7 @@ impl Space {
             overflowed: AtomicU64::new(0),
             aged: AtomicU64::new(0),
             keys_floor: AtomicI64::new(0),
+            start_over: AtomicU64::new(0),
         }
     }
 

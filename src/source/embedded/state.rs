@@ -10,6 +10,8 @@ mod counts;
 mod dead;
 mod epochs;
 mod reader;
+mod rows;
+mod salvage;
 mod schema;
 mod seen;
 #[cfg(test)]
@@ -25,6 +27,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
 pub use counts::Counts;
 pub use reader::{SeenKey, StateReader, WaitingRow};
+pub use salvage::{Mending, Salvaged};
 
 use super::change::{NamespaceNumber, Sequence};
 use super::disk::Disk;
@@ -47,7 +50,8 @@ pub enum StateError {
     },
     /// The file is not what this version can use.
     #[error(
-        "state.db at {path} is damaged: {what}. Restore the data folder from a back-up; `walflow log dump` shows what journal and segments still hold"
+        "state.db at {path} is damaged: {what}. Restore the data folder from a back-up, or give up what cannot be read with \
+         `walflow log repair`, which names what is lost; `walflow log dump` shows what journal and segments hold"
     )]
     Damaged {
         /// The file.
@@ -123,6 +127,8 @@ pub struct StoredNamespace {
     pub parked_bytes: u64,
     /// Idempotency keys from before then have been forgotten.
     pub keys_since: Timestamp,
+    /// A repair has lost cursors of records up to here.
+    pub start_over: Position,
 }
 
 /// The store. One owner; blocking.
@@ -197,7 +203,7 @@ impl State {
         })
     }
 
-    /// Has SQLite read the whole file. Gives what it complains about.
+    /// Has SQLite read the whole file, and holds the rows against their checksums. Gives what is wrong.
     ///
     /// # Errors
     /// When SQLite fails.
@@ -207,7 +213,11 @@ impl State {
             rows.query_map([], |row| row.get::<_, String>(0))?.collect::<Result<Vec<_>, _>>()
         };
         let said = read().map_err(failed(&self.path, "check the whole file"))?;
-        Ok(said.into_iter().filter(|line| line != "ok").collect())
+        let mut said: Vec<String> = said.into_iter().filter(|line| line != "ok").collect();
+        if said.is_empty() {
+            said = rows::misfits(&self.db).map_err(failed(&self.path, "read every row"))?;
+        }
+        Ok(said)
     }
 
     /// Something waits for the next commit, though it may be of no frame.
@@ -274,8 +284,9 @@ impl State {
         let act = failed(&self.path, "read the namespaces");
         let read = || {
             let mut rows = self.db.prepare(
-                "SELECT number, name, deleted, first, coalesce(since, 0) FROM namespaces
-                 LEFT JOIN key_floors ON namespace = number ORDER BY number",
+                "SELECT number, name, deleted, first, coalesce(since, 0), coalesce(upto, 0) FROM namespaces
+                 LEFT JOIN key_floors ON key_floors.namespace = number
+                 LEFT JOIN start_over ON start_over.namespace = number ORDER BY number",
             )?;
             let stored = |row: &rusqlite::Row<'_>| {
                 let number_of: u32 = row.get(0)?;
@@ -288,6 +299,7 @@ impl State {
                     branches: Vec::new(),
                     parked_bytes: self.counts.parked(NamespaceNumber(number_of)).1,
                     keys_since: Timestamp::from_millis(row.get(4)?),
+                    start_over: Position(number(row.get(5)?)),
                 })
             };
             let mut all: Vec<StoredNamespace> = rows.query_map([], stored)?.collect::<Result<_, _>>()?;

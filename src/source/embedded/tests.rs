@@ -10,6 +10,7 @@ mod recovery;
 mod repair;
 mod rot;
 mod rows;
+mod salvage;
 mod small;
 mod verbs;
 mod views;

@@ -5,11 +5,13 @@ use rusqlite::types::Value;
 use rusqlite::{Row, params, params_from_iter};
 
 use super::reader::{StateReader, damaged};
-use super::{StateError, number, sql};
+use super::{StateError, number, rows, sql};
 use crate::record::Position;
 use crate::source::embedded::body::kind;
 use crate::source::embedded::change::{Change, NamespaceNumber};
 use crate::source::{BranchName, DeadLetter, DeadQuery, Page};
+
+const COLUMNS: &str = "sequence, body, crc, overtaken, branch, position, child, at, attempts, id, key";
 
 impl StateReader {
     /// A page of dead letters, in the order of their end.
@@ -17,7 +19,7 @@ impl StateReader {
     /// # Errors
     /// When SQLite fails or a row is damaged.
     pub fn dead_page(&self, namespace: NamespaceNumber, query: &DeadQuery) -> Result<Page<DeadLetter>, StateError> {
-        let mut sql_text = "SELECT sequence, body, crc, overtaken, branch FROM dead WHERE namespace = ?".to_owned();
+        let mut sql_text = format!("SELECT {COLUMNS} FROM dead WHERE namespace = ?");
         let mut values = vec![Value::from(namespace.0)];
         let mut narrow = |condition: &str, value: Option<Value>| {
             if let Some(value) = value {
@@ -57,25 +59,29 @@ impl StateReader {
         branch: &BranchName,
         position: Position,
     ) -> Result<Vec<DeadLetter>, StateError> {
-        let query = "SELECT sequence, body, crc, overtaken, branch FROM dead WHERE namespace = ? AND branch = ? AND position = ?";
-        let rows = self.letters(query, params![namespace.0, branch.as_str(), sql(position.0)])?;
+        let query = format!("SELECT {COLUMNS} FROM dead WHERE namespace = ? AND branch = ? AND position = ?");
+        let rows = self.letters(&query, params![namespace.0, branch.as_str(), sql(position.0)])?;
         Ok(rows.into_iter().map(|(_, letter)| letter).collect())
     }
 
     fn letters(&self, query: &str, values: impl rusqlite::Params) -> Result<Vec<(i64, DeadLetter)>, StateError> {
-        type Found = (i64, Vec<u8>, u32, bool, String);
+        type Found = (i64, Vec<u8>, u32, bool, String, [Option<i64>; 4], Vec<u8>, Option<String>);
         let rows: Vec<Found> = self.with(|db| {
             let mut select = db.prepare_cached(query)?;
-            let row = |row: &Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?));
+            let row = |row: &Row<'_>| {
+                let columns = [row.get(5)?, row.get(6)?, row.get(7)?, row.get(8)?];
+                let (id, key) = (row.get(9)?, row.get(10)?);
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?, columns, id, key))
+            };
             select.query_map(values, row)?.collect()
         })?;
-        let letter = |(sequence, body, crc, overtaken, branch): Found| {
+        let letter = |(sequence, body, crc, overtaken, branch, columns, id, key): Found| {
             let broken = || damaged(self.path(), "dead", number(sequence));
             if crc32c::crc32c(&body) != crc {
                 return Err(broken());
             }
             match Change::decode(kind::DEAD, &Bytes::from(body)) {
-                Ok(Change::Dead { letter }) => {
+                Ok(Change::Dead { letter }) if rows::dead_is(&letter, &columns, &id, key.as_deref()) => {
                     // The column follows a branch that was renamed.
                     let branch = BranchName::from_stored(&branch);
                     Ok((sequence, DeadLetter { branch, overtaken, ..*letter }))

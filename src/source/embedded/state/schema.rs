@@ -53,6 +53,8 @@ CREATE TABLE counts (namespace INTEGER NOT NULL, branch TEXT NOT NULL, kind TEXT
 CREATE TABLE key_counts (namespace INTEGER NOT NULL, hour INTEGER NOT NULL, keys INTEGER NOT NULL, newest INTEGER NOT NULL,
   PRIMARY KEY (namespace, hour)) WITHOUT ROWID;
 CREATE TABLE key_floors (namespace INTEGER PRIMARY KEY, since INTEGER NOT NULL);
+-- A repair has lost cursors: branches that are not known begin with the first record, while any up to here is kept.
+CREATE TABLE start_over (namespace INTEGER PRIMARY KEY, upto INTEGER NOT NULL);
 ";
 
 /// Opens the file for its one owner, makes the tables when it is new.

@@ -4,9 +4,9 @@ use bytes::Bytes;
 use rusqlite::{Connection, Row, params};
 
 use super::reader::{StateReader, WaitingRow, damaged};
-use super::{Counts, StateError, failed, number, sql};
+use super::{Counts, StateError, failed, number, rows, sql};
 use crate::clock::Timestamp;
-use crate::record::{Position, RecordId};
+use crate::record::{Position, Record, RecordId};
 use crate::source::embedded::body::kind;
 use crate::source::embedded::change::{Change, NamespaceNumber, Sequence};
 use crate::source::embedded::due::DueRow;
@@ -32,7 +32,8 @@ pub(super) fn load_due(
         while let Some(row) = rows.next()? {
             let (record, crc): (Vec<u8>, u32) = (row.get(2)?, row.get(3)?);
             taken += 1;
-            if crc32c::crc32c(&record) != crc {
+            let record = Bytes::from(record);
+            if crc32c::crc32c(&record) != crc || !is_due_as_said(&record, Timestamp::from_millis(row.get(1)?)) {
                 tracing::error!(
                     sequence = row.get::<_, i64>(0)?,
                     "a parked record in state.db is damaged and is left there"
@@ -43,7 +44,7 @@ pub(super) fn load_due(
                 namespace,
                 parked: Sequence(number(row.get(0)?)),
                 due_at: Timestamp::from_millis(row.get(1)?),
-                record: Bytes::from(record),
+                record,
             });
         }
         // Full: complete only up to the time of the last row, of which there may be more.
@@ -64,6 +65,11 @@ pub(super) fn load_due(
     Ok((found, reached))
 }
 
+/// Whether the column by which a record is released says what the record says: a flipped bit would let it go early.
+fn is_due_as_said(record: &Bytes, due_at: Timestamp) -> bool {
+    Record::decode(record).is_ok_and(|record| record.due_at.is_none_or(|said| said == due_at))
+}
+
 fn waiting_row(row: &Row<'_>) -> rusqlite::Result<(WaitingRow, u32)> {
     let record: Vec<u8> = row.get(2)?;
     let parked = Sequence(number(row.get(0)?));
@@ -79,7 +85,7 @@ impl StateReader {
         })?;
         rows.into_iter()
             .map(|(row, crc)| {
-                if crc32c::crc32c(&row.record) == crc {
+                if crc32c::crc32c(&row.record) == crc && is_due_as_said(&row.record, row.due_at) {
                     Ok(row)
                 } else {
                     Err(damaged(self.path(), "parked", row.parked.0))
@@ -198,7 +204,8 @@ impl StateReader {
     ) -> Result<Vec<AsideRow>, StateError> {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         self.aside(
-            "SELECT position, body, crc FROM aside WHERE namespace = ? AND branch = ? AND lane = ? ORDER BY position, child LIMIT ?",
+            "SELECT position, body, crc, child, attempts, first_failed, next_try, lane FROM aside
+             WHERE namespace = ? AND branch = ? AND lane = ? ORDER BY position, child LIMIT ?",
             params![namespace.0, branch.as_str(), lane, limit],
         )
     }
@@ -214,7 +221,8 @@ impl StateReader {
         position: Position,
     ) -> Result<Vec<AsideRow>, StateError> {
         self.aside(
-            "SELECT position, body, crc FROM aside WHERE namespace = ? AND branch = ? AND position = ? ORDER BY child",
+            "SELECT position, body, crc, child, attempts, first_failed, next_try, lane FROM aside
+             WHERE namespace = ? AND branch = ? AND position = ? ORDER BY child",
             params![namespace.0, branch.as_str(), sql(position.0)],
         )
     }
@@ -222,16 +230,20 @@ impl StateReader {
     fn aside(&self, query: &str, values: impl rusqlite::Params) -> Result<Vec<AsideRow>, StateError> {
         let rows = self.with(|db| {
             let mut select = db.prepare_cached(query)?;
-            let row = |row: &Row<'_>| Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?, row.get::<_, u32>(2)?));
+            let row = |row: &Row<'_>| {
+                let columns = [row.get(0)?, row.get(3)?, row.get(4)?, row.get(5)?, row.get(6)?];
+                let lane: String = row.get(7)?;
+                Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?, row.get::<_, u32>(2)?, columns, lane))
+            };
             select.query_map(values, row)?.collect::<Result<Vec<_>, _>>()
         })?;
         rows.into_iter()
-            .map(|(position, body, crc)| {
+            .map(|(position, body, crc, columns, lane)| {
                 if crc32c::crc32c(&body) != crc {
                     return Err(damaged(self.path(), "aside", number(position)));
                 }
                 match Change::decode(kind::ASIDE, &Bytes::from(body)) {
-                    Ok(Change::Aside { row, .. }) => Ok(*row),
+                    Ok(Change::Aside { row, .. }) if rows::aside_is(&row, &columns, &lane) => Ok(*row),
                     _ => Err(damaged(self.path(), "aside", number(position))),
                 }
             })
