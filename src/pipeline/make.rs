@@ -482,4 +482,30 @@ sink: { fan_out: { a: { file: { path: x } } } }
         let made = made(several, &Environment::default());
         assert_eq!(made.diagnostics[0].code, Code::BadOverride);
     }
+
+    #[test]
+    fn what_a_schema_refers_to_is_kept_with_the_file_and_counts_for_its_revision() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        std::fs::create_dir_all(folder.path().join("s/parts")).unwrap();
+        write("s/order.json", r#"{"properties":{"zip":{"$ref":"parts/zip.json"}}}"#);
+        write("s/parts/zip.json", r#"{"type":"string"}"#);
+        let yaml = "namespace: a\nsource: { schema: s/order.json }\nsink: { stdout: {} }\n";
+        let planned = |neighbours| {
+            let loaded = load_text(Text::new("a.yaml", yaml), neighbours, &Environment::default());
+            let made = make(&loaded, &Environment::default(), &compiler(&Environment::default()));
+            (made.plan.unwrap(), loaded.neighbours.all())
+        };
+        let beside = || Neighbours::beside(&folder.path().join("a.yaml"));
+        let (plan, files) = planned(beside());
+        assert_eq!(files.keys().collect::<Vec<_>>(), ["s/order.json", "s/parts/zip.json"]);
+        assert!(plan.source.schema.as_ref().unwrap().check(br#"{"zip":5}"#).is_err());
+        let (kept, _) = planned(Neighbours::kept(files));
+        assert!(kept.source.schema.as_ref().unwrap().check(br#"{"zip":5}"#).is_err());
+        assert_eq!(kept.revision, plan.revision);
+        write("s/parts/zip.json", r#"{"type":"integer"}"#);
+        let (edited, _) = planned(beside());
+        assert!(edited.source.schema.as_ref().unwrap().check(br#"{"zip":5}"#).is_ok());
+        assert_ne!(edited.revision, plan.revision);
+    }
 }
