@@ -134,11 +134,19 @@ impl Copy<'_> {
     }
 }
 
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
 fn shown(key: Option<&[Value]>, other: &str) -> String {
     let show = |value: &Value| match value {
         Value::Integer(number) => number.to_string(),
         Value::Text(text) => text.clone(),
-        Value::Blob(bytes) => bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+        Value::Blob(bytes) => hex(bytes),
         _ => "?".to_owned(),
     };
     key.map_or_else(|| other.to_owned(), |key| key.iter().map(show).collect::<Vec<_>>().join("/"))
