@@ -134,11 +134,17 @@ impl Copy<'_> {
     }
 }
 
+fn hex(bytes: &[u8]) -> String {
+    let digits =
+        |byte: &u8| [byte >> 4, byte & 15].map(|digit| char::from_digit(u32::from(digit), 16).unwrap_or_default());
+    bytes.iter().flat_map(digits).collect()
+}
+
 fn shown(key: Option<&[Value]>, other: &str) -> String {
     let show = |value: &Value| match value {
         Value::Integer(number) => number.to_string(),
         Value::Text(text) => text.clone(),
-        Value::Blob(bytes) => bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+        Value::Blob(bytes) => hex(bytes),
         _ => "?".to_owned(),
     };
     key.map_or_else(|| other.to_owned(), |key| key.iter().map(show).collect::<Vec<_>>().join("/"))
