@@ -314,7 +314,7 @@ mod tests {
         let keys = Keys::default();
         assert_eq!(keys.outgrown(0), None, "it is not complete yet");
         learn(&keys, 1, &[]);
-        for number in 0..=SPARE_BLOCKS as u64 {
+        for number in 0..=(SPARE_BLOCKS as u64) {
             assert_eq!(keys.outgrown(0), None);
             keep(&keys, &format!("gone-{number}"), number);
             // As if the block were full.

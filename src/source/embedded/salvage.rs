@@ -77,8 +77,12 @@ fn put_in_place(options: &Options, database: &Path, fresh: &Path) -> Result<(), 
     let file = tried("open", fresh, disk.open(fresh, Access::Write))?;
     tried("sync", fresh, file.sync())?;
     tried("make", &cut, disk.make_folder(&cut))?;
-    let free = |number: &u32| !cut.join(format!("damaged-state-{number}.db")).exists();
-    let aside = cut.join(format!("damaged-state-{}.db", (1..=u32::MAX).find(free).unwrap_or_default()));
+    let mut number = 1;
+    let aside = |number: u32| cut.join(format!("damaged-state-{number}.db"));
+    while aside(number).exists() {
+        number += 1;
+    }
+    let aside = aside(number);
     for (from, to) in with_siblings(database).into_iter().zip(with_siblings(&aside)) {
         // The -wal goes first: beside the new file it would be applied to that.
         if from != database && from.exists() {

@@ -135,11 +135,9 @@ impl Copy<'_> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    let digits =
+        |byte: &u8| [byte >> 4, byte & 15].map(|digit| char::from_digit(u32::from(digit), 16).unwrap_or_default());
+    bytes.iter().flat_map(digits).collect()
 }
 
 fn shown(key: Option<&[Value]>, other: &str) -> String {

@@ -59,8 +59,8 @@ async fn keys_are_known_for_their_window_and_the_window_is_said() {
     until_gone(&namespace, 2).await;
     assert!(matches!(send(&namespace, 1).await, Admitted::Appended { .. }));
     // A window that is made longer does not bring back what has gone.
-    let nine_hours = with(&log, NamespaceSettings { key_window: HOUR * 9, ..NamespaceSettings::default() });
-    assert_eq!(nine_hours.counts().keys_since, Some(Timestamp::from_millis(begun.as_millis() + 1)));
+    let widened = with(&log, NamespaceSettings { key_window: HOUR * 9, ..NamespaceSettings::default() });
+    assert_eq!(widened.counts().keys_since, Some(Timestamp::from_millis(begun.as_millis() + 1)));
     log.close().await;
 }
 
