@@ -88,7 +88,8 @@ impl Settler {
     }
 
     fn work(&mut self) -> Result<(), Stop> {
-        self.prepare()?;
+        // Branches that come back wait for the views, so files full of zeros are made in the first quiet moment.
+        let (started, mut prepared) = (Instant::now(), false);
         loop {
             let timeout = if self.open.is_empty() {
                 LOOK_EVERY
@@ -96,6 +97,7 @@ impl Settler {
                 self.shared.options.commit_every.saturating_sub(self.since.elapsed())
             };
             let Work { commits, wanted, nudged, closed } = self.shared.settling.take(self.state.applied(), timeout);
+            let quiet = commits.is_empty();
             for commit in commits {
                 self.take_in(commit)?;
             }
@@ -114,8 +116,10 @@ impl Settler {
             if due && self.replay == 0 && self.shared.status.fenced().is_none() {
                 self.commit(true)?;
             }
-            if nudged {
+            let first = !prepared && (quiet || started.elapsed() >= LOOK_EVERY);
+            if nudged || first {
                 self.prepare()?;
+                prepared = true;
             }
             if self.looked.elapsed() >= LOOK_EVERY {
                 self.looked = Instant::now();
