@@ -96,7 +96,8 @@ impl Settler {
     }
 
     fn work(&mut self) -> Result<(), Stop> {
-        self.prepare()?;
+        // Branches that come back wait for the views, so files full of zeros are made in the first quiet moment.
+        let (started, mut prepared) = (Instant::now(), false);
         loop {
             let timeout = if self.open.is_empty() {
                 self.shared.options.look_every
@@ -104,6 +105,7 @@ impl Settler {
                 self.shared.options.commit_every.saturating_sub(self.since.elapsed())
             };
             let Work { commits, wanted, nudged, closed } = self.shared.settling.take(self.state.applied(), timeout);
+            let quiet = commits.is_empty();
             self.take_in(commits)?;
             let full = self.open_frames >= COMMIT_FRAMES || self.open_bytes >= COMMIT_BYTES;
             let ripe = !self.open.is_empty() && self.since.elapsed() >= self.shared.options.commit_every;
@@ -122,8 +124,10 @@ impl Settler {
             if due && self.replay == 0 && self.shared.status.fenced().is_none() {
                 self.commit(true)?;
             }
-            if nudged {
+            let first = !prepared && (quiet || started.elapsed() >= self.shared.options.look_every);
+            if nudged || first {
                 self.prepare()?;
+                prepared = true;
             }
             if self.looked.elapsed() >= self.shared.options.look_every {
                 self.looked = Instant::now();
