@@ -82,9 +82,8 @@ impl Embedded {
         runtime.spawn(Arc::clone(&shared).run_finisher());
         runtime.spawn(release(Arc::clone(&shared)));
         let started = vec![Draft::Change(Change::Started { clean })];
-        let instance = Arc::clone(&shared.instance);
-        let told = Arc::clone(&shared);
-        runtime.spawn(async move { told.change(&instance, started).await });
+        // Queued before anybody can write: a stop right after the first delivery counts as one (LOG.md 15).
+        shared.send(&shared.instance, started);
         Ok(Arc::new(Self { shared, threads: Mutex::new(Some(Threads { writer, settler })) }))
     }
 

@@ -97,6 +97,20 @@ async fn after_a_start_nothing_is_forgotten_by_bounds_that_are_not_the_namespace
     log.close().await;
 }
 
+#[tokio::test]
+async fn row_15_a_start_is_counted_before_anything_can_be_written_in_it() {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), clock());
+    let log = open(folder.path(), &clock);
+    append(&orders(&log), 0..1).await;
+    log.close().await;
+    let mut changes = Vec::new();
+    let mut journal = |frame: crate::source::embedded::inspect::Dumped| {
+        changes.extend((frame.place == "journal").then_some(frame.change));
+    };
+    crate::source::embedded::inspect::dump(folder.path(), &mut journal).unwrap();
+    assert_eq!(changes.first().map(String::as_str), Some("started"), "{changes:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn row_14_a_branch_is_given_no_more_than_the_window_beyond_its_stored_cursor() {
     let (folder, clock) = (tempfile::tempdir().unwrap(), clock());
