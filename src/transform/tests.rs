@@ -29,6 +29,12 @@ fn place() -> Place {
     Place { file: "orders.yaml".into(), line: LINE, column: 5 }
 }
 
+/// The first stage, a script that sees nothing of the environment.
+fn bare(text: &str) -> StageSource {
+    let name = "transform[0]".into();
+    StageSource { name, kind: StageKind::Script, text: text.into(), place: place(), env: Vec::new() }
+}
+
 fn chain(stages: &[(StageKind, &str)]) -> Transform {
     let source = |(at, (kind, text)): (usize, &(StageKind, &str))| StageSource {
         name: format!("transform[{at}]").into(),
@@ -303,13 +309,7 @@ mod sandbox {
     #[test]
     fn what_reaches_out_does_not_exist() {
         for text in ["eval(\"1\")", "import \"x\" as x;", "export let a = 1;"] {
-            let source = StageSource {
-                name: "s".into(),
-                kind: StageKind::Script,
-                text: text.into(),
-                place: place(),
-                env: Vec::new(),
-            };
+            let source = bare(text);
             assert!(compiler().stages(&[source]).is_err(), "{text}");
         }
         for text in ["sleep(1);", "timestamp();", "open_file(\"/etc/passwd\");", "set_tag(1);"] {

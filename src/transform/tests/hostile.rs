@@ -7,13 +7,7 @@ use crate::transform::engine;
 
 /// Runs a script whose own deadline is `deadline`.
 fn run_within(deadline: Duration, text: &str, payload: &str) -> Result<Outcome, Fault> {
-    let source = StageSource {
-        name: "transform[0]".into(),
-        kind: StageKind::Script,
-        text: text.into(),
-        place: place(),
-        env: Vec::new(),
-    };
+    let source = bare(text);
     let chain =
         compiler().with_deadline(deadline).stages(&[source]).unwrap_or_else(|error| panic!("{text}: {error:?}"));
     chain.run(event(payload))
@@ -35,13 +29,7 @@ fn nothing_waits_and_nothing_is_compiled_or_loaded_on_the_way() {
         ended(text);
     }
     for text in ["eval(\"1\");", "import \"x\" as x;", "let f = || eval(\"1\");", "fn f() { import \"x\" as x; }"] {
-        let source = StageSource {
-            name: "s".into(),
-            kind: StageKind::Script,
-            text: text.into(),
-            place: place(),
-            env: Vec::new(),
-        };
+        let source = bare(text);
         assert!(compiler().stages(&[source]).is_err(), "{text}");
     }
 }
@@ -211,13 +199,7 @@ fn no_function_panics_whatever_it_is_given() {
     }
     for (name, count) in functions {
         let arguments: Vec<String> = (0..count).map(|place| format!("payload[{place}]")).collect();
-        let source = StageSource {
-            name: "s".into(),
-            kind: StageKind::Script,
-            text: format!("let x = {name}({}); payload = ();", arguments.join(", ")).into(),
-            place: place(),
-            env: Vec::new(),
-        };
+        let source = bare(&format!("let x = {name}({}); payload = ();", arguments.join(", ")));
         // Words of the language, such as `throw`, are listed as well.
         let Ok(chain) = compiler().stages(&[source]) else { continue };
         // The more places, the fewer values for each, so that it stays within minutes on any machine.
