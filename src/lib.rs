@@ -5,6 +5,7 @@ pub mod clock;
 pub mod telemetry;
 pub mod units;
 
+pub mod connection;
 pub mod record;
 pub mod retry;
 

@@ -125,11 +125,31 @@ impl Serialize for RecordId {
     }
 }
 
-/// A record's place in its namespace's log; the first is 1, each next one is 1 more. 0 is before the first.
+/// A record's place in its namespace's log. A log has one part or several (a broker's partitions or streams), each with an
+/// order of its own; of a part the first place is 1 at the lowest and each next one is higher. 0 is before the first. The part
+/// stands in the upper 16 bits, so a log of one part counts 1, 2, 3…
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, utoipa::ToSchema)]
 pub struct Position(pub u64);
 
 impl Position {
+    /// The highest place in a part.
+    pub const LAST_OFFSET: u64 = (1 << 48) - 1;
+
+    /// The place `offset` of a part.
+    pub const fn in_part(part: u16, offset: u64) -> Self {
+        Self(((part as u64) << 48) | (offset & Self::LAST_OFFSET))
+    }
+
+    /// Which part of the log it lies in.
+    pub const fn part(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+
+    /// The place in its part.
+    pub const fn offset(self) -> u64 {
+        self.0 & Self::LAST_OFFSET
+    }
+
     /// The position after this one.
     #[must_use]
     pub const fn next(self) -> Self {

@@ -159,6 +159,7 @@ impl From<AdmitError> for Problem {
             }
             AdmitError::DiskFull => Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_full", detail).failed(),
             AdmitError::Busy { retry_after } => Self::unavailable("busy", detail, retry_after.max(second)).failed(),
+            AdmitError::Unavailable { .. } => Self::unavailable("log_unavailable", detail, second).failed(),
             AdmitError::TooLarge { .. } => Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", detail).failed(),
             AdmitError::Unknown { .. } => {
                 let detail = format!("{detail}; repeat it with the same Idempotency-Key and it is settled");

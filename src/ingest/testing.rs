@@ -15,7 +15,7 @@ use super::{Budget, Directory, Incoming, Inlet, Keys, Outlet, Received};
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId, TargetKind};
 use crate::source::{
-    AdmitError, Admitted, BranchName, BranchStart, Caps, Entered, Epoch, Found, Lag, Log, LogError, Start, Write,
+    AdmitError, Admitted, BranchName, BranchStart, Caps, Entered, Epoch, Found, Lag, Log, LogError, Reach, Start, Write,
 };
 
 /// Longer than every bound that is tested.
@@ -90,8 +90,8 @@ impl Log for Script {
         Lag::default()
     }
 
-    fn end(&self) -> Position {
-        Position(0)
+    fn end(&self) -> Reach {
+        Reach::none()
     }
 
     fn find(&self, _: RecordId) -> BoxFuture<'static, Result<Option<Found>, LogError>> {
@@ -129,6 +129,9 @@ pub(super) fn desk(bytes: u64) -> (Arc<Desk>, mpsc::Receiver<Handed>) {
         exact_keys: true,
         look_up: false,
         durable: true,
+        set_aside: true,
+        shared: false,
+        each_end: false,
     };
     let inlet = Inlet {
         namespace: "desk".parse().unwrap(),

@@ -12,7 +12,6 @@ use parking_lot::RwLock;
 use tokio::sync::Notify;
 
 use super::plan::{BranchPlan, Plan};
-use crate::record::Position;
 use crate::source::{BranchName, Log};
 
 /// The plans of one namespace, by epoch.
@@ -25,8 +24,8 @@ pub struct Revisions {
 /// A plan and where it begins to be in force.
 #[derive(Clone, Debug)]
 pub struct Revision {
-    /// In force for records after this position.
-    pub after: Position,
+    /// Its number; records carry it.
+    pub number: u32,
     /// The plan.
     pub plan: Arc<Plan>,
 }
@@ -36,15 +35,15 @@ pub struct Revision {
 pub struct InForce(Arc<[Revision]>);
 
 impl InForce {
-    /// One plan for every position.
+    /// One plan for every record.
     pub fn single(plan: Arc<Plan>) -> Self {
-        Self(Arc::new([Revision { after: Position(0), plan }]))
+        Self(Arc::new([Revision { number: 0, plan }]))
     }
 
-    /// The plan in force at `position`, and in it the branch that is called `name` now; it may have had another name.
-    pub fn branch_at(&self, position: Position, name: &BranchName) -> Option<(&Plan, Option<&Arc<BranchPlan>>)> {
+    /// The plan in force for a record of `epoch`, and in it the branch that is called `name` now; it may have had another name.
+    pub fn branch_at(&self, epoch: u32, name: &BranchName) -> Option<(&Plan, Option<&Arc<BranchPlan>>)> {
         // A record from before the oldest epoch that is kept goes by that one.
-        let at = self.0.partition_point(|revision| revision.after < position).saturating_sub(1);
+        let at = self.0.partition_point(|revision| revision.number <= epoch).saturating_sub(1);
         let mut name = name;
         let mut found = None;
         for (number, revision) in self.0.iter().enumerate().rev() {
@@ -120,7 +119,7 @@ impl Revisions {
         let plans = self.plans.read();
         let mut revisions = Vec::with_capacity(epochs.len());
         for epoch in epochs {
-            revisions.push(Revision { after: epoch.after, plan: Arc::clone(plans.get(&epoch.number)?) });
+            revisions.push(Revision { number: epoch.number, plan: Arc::clone(plans.get(&epoch.number)?) });
         }
         if revisions.is_empty() {
             let (_, plan) = plans.last_key_value()?;

@@ -160,7 +160,7 @@ impl Pipeline {
         };
         let epochs = self.log.epochs();
         let first = epochs.iter().rev().take_while(|epoch| has(epoch.number)).last();
-        Start::After(first.map_or(epoch.after, |first| first.after))
+        Start::Epoch(first.map_or(epoch.number, |first| first.number))
     }
 
     /// Carries on under a new name what `was:` names.
@@ -274,7 +274,7 @@ impl Pipeline {
             return true;
         }
         let (epochs, plans) = (self.log.epochs(), self.revisions.known());
-        let first = epochs.partition_point(|epoch| epoch.after <= lag.cursor).saturating_sub(1);
+        let first = epochs.partition_point(|epoch| epoch.after <= lag.cursor.single()).saturating_sub(1);
         epochs.iter().skip(first).all(|epoch| {
             plans.get(&epoch.number).is_some_and(|plan| {
                 plan.files == epoch.files && plan.branches.iter().all(|branch| branch.name != *name)

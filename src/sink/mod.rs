@@ -12,7 +12,6 @@ pub mod stdout;
 pub mod template;
 #[cfg(test)]
 mod testing;
-pub mod tls;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -20,9 +20,8 @@ use self::command::Case;
 use self::connection::Connection;
 use self::verdict::judge;
 use super::template::Scope;
-use super::{
-    BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, shown_address, tls,
-};
+use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, shown_address};
+use crate::connection::tls;
 use crate::units::Span;
 
 /// `redis:` — one command a record, chosen by the first case that matches.

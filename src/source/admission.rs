@@ -96,6 +96,12 @@ pub enum AdmitError {
         /// When to try again.
         retry_after: Duration,
     },
+    /// What keeps the log, or its shelf, cannot be reached; nothing was handed over (503, failed).
+    #[error("{reason}")]
+    Unavailable {
+        /// What, and why.
+        reason: Arc<str>,
+    },
     /// One record is larger than the log takes (413, failed).
     #[error("a record of {bytes} bytes is over the limit of {limit}")]
     TooLarge {

@@ -13,10 +13,11 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, ready};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Entry,
-    Epoch, Found, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Replayed, Scheduled, Settlement, Shelf,
+    Epoch, Found, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement, Shelf,
     ShelfCounts, Start, Subscription, Write,
 };
 use crate::clock::{Clock, Timestamp};
@@ -170,6 +171,9 @@ impl Log for Memory {
             exact_keys: true,
             look_up: true,
             durable: false,
+            set_aside: true,
+            shared: false,
+            each_end: false,
         }
     }
 
@@ -198,7 +202,7 @@ impl Log for Memory {
         let cursor = store.open(branch, start);
         let found = store.branch(branch);
         let open = BranchStart {
-            cursor,
+            cursor: cursor.into(),
             ended: found.ended.clone(),
             lanes: found.lanes(),
             pause: found.pause.clone(),
@@ -210,6 +214,7 @@ impl Log for Memory {
                 end: self.end.subscribe(),
                 closed: self.closed.subscribe(),
             }),
+            moved: CancellationToken::new(),
         };
         ready(Ok(open)).boxed()
     }
@@ -230,8 +235,8 @@ impl Log for Memory {
         self.store.lock().lag(branch)
     }
 
-    fn end(&self) -> Position {
-        *self.end.borrow()
+    fn end(&self) -> Reach {
+        (*self.end.borrow()).into()
     }
 
     fn find(&self, id: RecordId) -> BoxFuture<'static, Result<Option<Found>, LogError>> {

@@ -9,6 +9,7 @@ mod admission;
 #[cfg(test)]
 mod conformance;
 pub mod embedded;
+pub mod foreign;
 pub mod frontier;
 pub mod memory;
 mod query;
@@ -22,7 +23,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
+pub use self::frontier::Reach;
 pub use admission::{AdmitError, Admitted, IdempotencyKey, Write};
 pub use query::{DeadQuery, Fate, Found, Page, ParkedQuery, ParkedRow, Replayed, Scheduled, ShelfCounts};
 pub use waiting::{AsideLane, AsideRow, DeadLetter, DeadReason};
@@ -82,6 +85,12 @@ pub struct Caps {
     pub look_up: bool,
     /// Records survive `kill -9` and a power cut once acknowledged.
     pub durable: bool,
+    /// A failing key can be set aside, and dead letters can be listed and replayed.
+    pub set_aside: bool,
+    /// Other processes may carry on where this one stops, so what was read and not sent is left to them.
+    pub shared: bool,
+    /// It wants to know each position that has ended, not only how far everything has.
+    pub each_end: bool,
 }
 
 /// Why reading or settling failed.
@@ -115,6 +124,16 @@ pub enum Start {
     Latest,
     /// After this position.
     After(Position),
+    /// Where this revision of the file came into force.
+    Epoch(u32),
+}
+
+impl Start {
+    /// The same without naming a revision; of one that is not kept nobody knows where it began.
+    fn by_position(self, epochs: &[Epoch]) -> Self {
+        let Self::Epoch(number) = self else { return self };
+        epochs.iter().find(|epoch| epoch.number == number).map_or(Self::Earliest, |epoch| Self::After(epoch.after))
+    }
 }
 
 /// A record read from the log.
@@ -159,7 +178,7 @@ pub fn lane_of(key: Option<&str>, row: RowKey) -> Box<str> {
 /// What a branch finds when it starts: everything that outlived the last run.
 pub struct BranchStart {
     /// Everything at or below is ended, except the rows in `lanes`.
-    pub cursor: Position,
+    pub cursor: Reach,
     /// Deliveries above the cursor that already have an end in the store (dead, set aside, or purged since).
     pub ended: HashSet<RowKey>,
     /// Keys that are set aside, with what must be known to order them.
@@ -172,6 +191,9 @@ pub struct BranchStart {
     pub marks: Vec<(Position, u32)>,
     /// The reader, which gives what is after `cursor`.
     pub subscription: Box<dyn Subscription>,
+    /// Cancelled when the parts of the log that this process reads are no longer those: what is under way may end, then the
+    /// branch is to be opened anew. Dropping the reader lets the parts go.
+    pub moved: CancellationToken,
 }
 
 /// A pause that survives a restart.
@@ -189,7 +211,9 @@ pub struct StoredPause {
 #[derive(Clone, Debug, Default)]
 pub struct Settlement {
     /// Everything at or below has an end. Alone it may ride on a later group; with anything else it is in the same one.
-    pub frontier: Option<Position>,
+    pub frontier: Reach,
+    /// Positions that have ended since the last settlement, in any order; only where [`Caps::each_end`] asks for them.
+    pub ended: Vec<Position>,
     /// New rows for the shelf, in order; also used to update a row's attempts and next try (same row key).
     pub aside: Vec<AsideRow>,
     /// Rows that came back from the shelf and have ended.
@@ -220,7 +244,7 @@ impl Settlement {
 }
 
 /// How far a branch is behind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lag {
     /// Records not yet ended.
     pub records: u64,
@@ -229,7 +253,7 @@ pub struct Lag {
     /// When the oldest of them entered the log.
     pub oldest: Option<Timestamp>,
     /// The stored cursor.
-    pub cursor: Position,
+    pub cursor: Reach,
 }
 
 /// A pipeline file as it was in force from a position on: unexpanded, with its scripts and schemas.
@@ -296,8 +320,8 @@ pub trait Log: Send + Sync {
     /// How far a branch is behind; cheap enough for every scrape.
     fn lag(&self, branch: &BranchName) -> Lag;
 
-    /// The newest durable position.
-    fn end(&self) -> Position;
+    /// The newest durable position of each part that is known here.
+    fn end(&self) -> Reach;
 
     /// Where a write is, if the log still knows.
     ///

@@ -31,6 +31,7 @@ fn sources() -> Vec<(String, String)> {
 /// The modules from low to high; those in one row are blind to each other.
 const LAYERS: &[&[&str]] = &[
     &["clock", "units", "telemetry"],
+    &["connection"],
     &["record", "retry"],
     &["testing"],
     &["source"],

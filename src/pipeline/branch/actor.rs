@@ -11,6 +11,7 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::breaker::{Breaker, Circuit};
 use super::copies::Copies;
@@ -25,7 +26,7 @@ use crate::pipeline::plan::BranchPlan;
 use crate::record::Position;
 use crate::sink::{BatchStyle, Operation, Sink, SinkContext, Written};
 use crate::source::frontier::Frontier;
-use crate::source::{AsideRow, LogError, RowKey, Settlement, StoredPause, Subscription, lane_of};
+use crate::source::{AsideRow, Caps, LogError, Reach, RowKey, Settlement, StoredPause, Subscription, lane_of};
 use crate::spec::sink::Ordering;
 
 /// Records read and not yet behind the stored cursor: what may be sent twice after a crash.
@@ -36,6 +37,8 @@ const WINDOW_BYTES: usize = 16 << 20;
 const READ: usize = 512;
 /// Replayed letters go in portions of about so many, so that their key is not read anew for each.
 pub(super) const REPLAYS: usize = 25;
+/// How long what is under way may take when the parts of the log that it is from go to another process.
+const LEAVE: Duration = Duration::from_secs(20);
 /// How often what nobody announces is looked at: room for dead letters, blocked keys.
 const TICK: Duration = Duration::from_millis(250);
 /// How often a branch with nothing to do looks whether its cursor has become durable.
@@ -43,6 +46,8 @@ const STALL: Duration = Duration::from_millis(10);
 
 pub(super) enum Ended {
     Drained,
+    /// Other parts of the log are this process's to read now.
+    Moved,
     /// The sink must be made anew.
     Replanned(Arc<BranchPlan>, HashSet<Position>),
 }
@@ -107,15 +112,18 @@ pub(super) struct Actor {
     pub(super) copying: FuturesUnordered<BoxFuture<'static, Written>>,
     pub(super) replays: Pace,
     incomplete_since: Option<Instant>,
-    read_to: Position,
-    stored: Position,
+    read_to: Reach,
+    stored: Reach,
     /// Up to here records go one by one, each with a durable mark first.
-    careful_until: Position,
+    careful_until: Reach,
     marks: HashMap<Position, u32>,
     /// Positions that this run has marked: a retry is no new stop.
     marked: HashSet<Position>,
     /// When what nobody announces was last looked at.
     ticked: Instant,
+    pub(super) caps: Caps,
+    /// It ends to be opened anew.
+    moved: bool,
     /// A stop was asked for; what is left is sent until then.
     pub(super) draining: Option<Instant>,
 }
@@ -147,12 +155,16 @@ pub(super) async fn run(
         None => None,
     };
     let now = deps.clock.now();
+    let mut frontier = Frontier::new(start.cursor.clone());
+    if deps.log.caps().each_end {
+        frontier.keep_ends();
+    }
     let careful = start.unclean_stops >= 2 || !start.marks.is_empty();
     let mut actor = Actor {
         lanes: Lanes::default(),
         breaker: Breaker::default(),
-        asides: Asides::new(now, start.cursor, &start.lanes),
-        frontier: Frontier::new(start.cursor),
+        asides: Asides::new(now, &start.cursor, &start.lanes),
+        frontier,
         pause: start.pause.as_ref().map(restore_pause),
         accepted: 0,
         started: now,
@@ -174,20 +186,28 @@ pub(super) async fn run(
         copying: FuturesUnordered::new(),
         replays: Pace::new(Some(replay_rate(&plan)), Instant::now()),
         incomplete_since: None,
-        read_to: start.cursor,
-        stored: start.cursor,
-        careful_until: if careful { Position((start.cursor.0 + WINDOW).min(deps.log.end().0)) } else { Position(0) },
+        read_to: start.cursor.clone(),
+        stored: start.cursor.clone(),
+        careful_until: if careful { careful_until(&start.cursor, &deps.log.end()) } else { Reach::none() },
         marks: start.marks.into_iter().collect(),
         marked: HashSet::new(),
         ticked: Instant::now(),
         draining: None,
+        caps: deps.log.caps(),
+        moved: false,
         deps,
         plan,
         board,
     };
     actor.board.update(|status| status.pause.clone_from(&actor.pause));
     actor.learn_dead_letters().await?;
-    actor.run(start.subscription, &mut commands).await
+    actor.run(start.subscription, start.moved, &mut commands).await
+}
+
+/// Records near the cursor go one by one: so far as a crash can have had them under way.
+fn careful_until(cursor: &Reach, end: &Reach) -> Reach {
+    let until = |from: Position| Position(from.0 + WINDOW).min(end.of(from.part()));
+    cursor.iter().map(|from| until(from).max(from)).collect()
 }
 
 /// How fast replayed letters go: a second's worth may go at once.
@@ -206,13 +226,18 @@ impl Actor {
     async fn run(
         &mut self,
         subscription: Box<dyn Subscription>,
+        moved: CancellationToken,
         commands: &mut mpsc::Receiver<Command>,
     ) -> Result<Ended, LogError> {
         let mut idle = Some(subscription);
         let mut reading: Option<Reading> = None;
         let held = Arc::clone(&self.deps.shelf);
         let mut replayed = held.replayed_lanes(&self.plan.name);
+        let mut leave_by = None;
         loop {
+            if leave_by.is_some_and(|by| Instant::now() >= by) {
+                return Ok(Ended::Moved);
+            }
             self.dispatch();
             self.store_frontier();
             if self.is_halting() && self.copies.is_failing() {
@@ -222,9 +247,9 @@ impl Actor {
                 && self.batches.is_empty()
                 && self.settles.is_empty()
                 && self.copies.is_idle()
-                && self.stored == self.frontier.position()
+                && self.stored == *self.frontier.reach()
             {
-                return Ok(Ended::Drained);
+                return Ok(if self.moved { Ended::Moved } else { Ended::Drained });
             }
             if reading.is_none()
                 && self.may_read()
@@ -236,6 +261,11 @@ impl Actor {
             let shelf_wake = self.asides.next_try();
             let clock = self.deps.clock.clone();
             tokio::select! {
+                () = moved.cancelled(), if leave_by.is_none() => {
+                    let now = Instant::now();
+                    (self.moved, self.draining, leave_by) = (true, Some(now), Some(now + LEAVE));
+                }
+                () = async { match leave_by { Some(by) => tokio::time::sleep_until(by).await, None => std::future::pending().await } } => {}
                 Some(command) = commands.recv(), if self.draining.is_none() => {
                     if let Some(newer) = self.obey(command).await {
                         // What has ended beyond the frontier has ended under the new plan too.
@@ -275,16 +305,18 @@ impl Actor {
             self.pause.is_some()
                 || self.breaker.circuit() != Circuit::Closed
                 || Instant::now() >= until
-                || self.frontier.position() >= self.deps.log.end()
+                || (self.caps.shared && self.lanes.len() == 0)
+                || self.deps.log.end().iter().all(|end| self.frontier.reach().covers(end))
         })
     }
 
     fn may_read(&self) -> bool {
         !self.is_halting()
+            && !(self.caps.shared && self.draining.is_some())
             && self.has_room()
             && self.pause.as_ref().is_none_or(|pause| !pause.cause.starts_with("dead_letters"))
-            && (self.asides.wait_for(self.read_to)
-                || self.read_to.0.saturating_sub(self.deps.log.lag(&self.plan.name).cursor.0) < WINDOW)
+            && (self.asides.wait_for(&self.read_to)
+                || self.read_to.distance(&self.deps.log.lag(&self.plan.name).cursor) < WINDOW)
     }
 
     pub(super) fn has_room(&self) -> bool {
@@ -321,7 +353,7 @@ impl Actor {
     fn enqueue(&mut self, prepared: Vec<Prepared>) {
         let (mut settlement, mut settled) = (Settlement::default(), Settled::default());
         for Prepared { position, record, parts, dropped } in prepared {
-            self.read_to = position;
+            self.read_to.advance(position);
             self.frontier.begin(position);
             if self.passed.remove(&position) {
                 self.frontier.end(position);
@@ -376,7 +408,7 @@ impl Actor {
             self.settle(settlement, settled);
         }
         // Only now: what has joined is on its way, so the rows are not read before it is there.
-        self.asides.has_read(self.read_to);
+        self.asides.has_read(&self.read_to);
         if died {
             self.is_full();
         }
@@ -387,7 +419,7 @@ impl Actor {
     }
 
     fn is_careful(&self) -> bool {
-        self.frontier.position() < self.careful_until && self.careful_until.0 > 0
+        self.careful_until.iter().any(|until| !self.frontier.reach().covers(until))
     }
 
     /// Sends what may go now.
@@ -433,7 +465,7 @@ impl Actor {
     fn send(&mut self, mut taken: Vec<Delivery>, careful: bool) {
         let position =
             taken.first().filter(|delivery| delivery.shelved.is_none()).map(|delivery| delivery.row.position);
-        let unmarked = |position: &Position| *position <= self.careful_until && self.marked.insert(*position);
+        let unmarked = |position: &Position| self.careful_until.covers(*position) && self.marked.insert(*position);
         let mark = if careful { position.filter(unmarked) } else { None };
         if let Some(position) = mark {
             let marks = self.marks.entry(position).or_default();
@@ -446,7 +478,7 @@ impl Actor {
                 return self.end_badly(delivery, crate::source::DeadReason::Crash, error.into(), Vec::new());
             }
         }
-        let frontier = self.frontier.position();
+        let frontier = self.frontier.reach().clone();
         let region = &self.plan.region;
         let operation = |delivery: &Delivery| Operation {
             event: delivery.event.clone(),
@@ -458,7 +490,7 @@ impl Actor {
         let attempt = async move {
             if let Some(position) = mark {
                 // What went well before is durable with the mark, so a stop counts against this record alone.
-                let settlement = Settlement { mark: Some(position), frontier: Some(frontier), ..Settlement::default() };
+                let settlement = Settlement { mark: Some(position), frontier, ..Settlement::default() };
                 if settles_at.settle(&name, settlement).await.is_err() {
                     return BatchDone { taken, written: None, took: Duration::ZERO };
                 }
@@ -486,10 +518,10 @@ impl Actor {
     }
 
     pub(super) fn store_frontier(&mut self) {
-        let frontier = self.frontier.position();
-        if frontier > self.stored {
-            self.stored = frontier;
-            self.marks.retain(|position, _| *position > frontier);
+        if *self.frontier.reach() != self.stored || self.frontier.has_ends() {
+            self.stored.clone_from(self.frontier.reach());
+            let stored = &self.stored;
+            self.marks.retain(|position, _| !stored.covers(*position));
             self.settle(Settlement::default(), Settled::default());
         }
         self.board.update(|status| {

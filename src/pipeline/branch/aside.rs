@@ -43,7 +43,7 @@ pub(super) async fn again(
 ) -> Result<(Parts, Option<Box<str>>), LogError> {
     let work = move || {
         // What is sent again goes by the file as it is now: that is how a mended script gets its chance.
-        let then = if row.replayed { None } else { in_force.branch_at(row.row.position, &branch.name) };
+        let then = if row.replayed { None } else { in_force.branch_at(row.record.epoch, &branch.name) };
         let then = then.unwrap_or_else(|| now_as_then(&now, &branch));
         let prepared = prepare(row.row.position, Arc::clone(&row.record), &branch, &now, then);
         // A replay runs the original and sends all that comes of it; a child that was set aside is itself again.

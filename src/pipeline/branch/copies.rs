@@ -78,7 +78,8 @@ impl Copies {
             && let Some((last, _)) = self.held.back_mut()
         {
             // The frontier has passed only what is durable, so it may as well go with an earlier one.
-            last.frontier = last.frontier.max(settlement.frontier);
+            last.frontier.advance_all(&settlement.frontier);
+            last.ended.extend(settlement.ended);
             return None;
         }
         self.held.push_back((settlement, settled));
@@ -139,7 +140,8 @@ impl Actor {
     /// Hands ends to the shelf; `settled` happens when they are durable.
     pub(super) fn settle(&mut self, mut settlement: Settlement, settled: Settled) {
         // Only what has its end: the positions of this settlement follow when it is durable.
-        settlement.frontier = Some(self.frontier.position());
+        settlement.frontier.clone_from(self.frontier.reach());
+        settlement.ended = self.frontier.take_ends();
         for lane in settled.left.iter().chain(&settled.joined) {
             self.asides.moves(lane);
         }

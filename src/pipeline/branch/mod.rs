@@ -218,6 +218,8 @@ async fn keep_running(
         let mut attempt = AbortOnDrop(tokio::spawn(run));
         match (&mut attempt.0).await {
             Ok(Ok(actor::Ended::Drained)) => return,
+            // Opened anew with the parts that are its own now.
+            Ok(Ok(actor::Ended::Moved)) => continue,
             Ok(Ok(actor::Ended::Replanned(newer, ended))) => {
                 plan = newer;
                 passed = ended;

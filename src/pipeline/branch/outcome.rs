@@ -189,7 +189,7 @@ impl Actor {
         }
         let wait = retry.wait(delivery.attempts, fastrand::f64()).max(at_least);
         let long = delivery.attempts >= ASIDE_AFTER.0 || wait > ASIDE_AFTER.1;
-        if delivery.shelved.is_some() || (long && others_go_through && self.asides.has_room()) {
+        if delivery.shelved.is_some() || (long && others_go_through && self.caps.set_aside && self.asides.has_room()) {
             return Next::Aside(delivery, wait);
         }
         Next::Again(delivery, Some(wait))

@@ -91,7 +91,7 @@ pub(super) fn prepare_all(
     shared: &Shared,
 ) -> Vec<Prepared> {
     let prepare = |entry: &Entry, sharing| {
-        let then = in_force.branch_at(entry.position, &branch.name).unwrap_or_else(|| now_as_then(now, branch));
+        let then = in_force.branch_at(entry.record.epoch, &branch.name).unwrap_or_else(|| now_as_then(now, branch));
         contained(entry.position, &entry.record, || run(entry, branch, now, then, sharing))
     };
     let first = |entry: &Entry| prepare(entry, Sharing::With(shared));

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 use super::lanes::Since;
 use crate::clock::Timestamp;
 use crate::record::Position;
-use crate::source::{AsideLane, RowKey};
+use crate::source::{AsideLane, Reach, RowKey};
 
 /// Keys set aside at most; beyond it a failing key waits in memory, and so holds the branch.
 const LANES: usize = 10_000;
@@ -76,16 +76,16 @@ pub(super) struct Asides {
 
 impl Asides {
     /// What outlived the last run. A try that fell into the time when nothing ran is due now.
-    pub(super) fn new(now: Timestamp, cursor: Position, stored: &[AsideLane]) -> Self {
+    pub(super) fn new(now: Timestamp, cursor: &Reach, stored: &[AsideLane]) -> Self {
         let mut asides = Self::default();
         for lane in stored {
             let stage = if lane.next_try == Timestamp::MAX { Stage::Blocked } else { Stage::Waiting };
             let last = lane.last.position;
             asides.put(&lane.lane, |aside| {
                 (aside.rows, aside.next_try, aside.stage) = (lane.rows, lane.next_try.max(now), stage);
-                aside.moving = u32::from(last > cursor);
+                aside.moving = u32::from(!cursor.covers(last));
             });
-            if last > cursor {
+            if !cursor.covers(last) {
                 asides.held.entry(last).or_default().push(lane.lane.clone());
             }
         }
@@ -93,17 +93,18 @@ impl Asides {
     }
 
     /// The branch has read up to here again: keys whose rows all lie at or below may be tried.
-    pub(super) fn has_read(&mut self, position: Position) {
-        while let Some(first) = self.held.first_entry()
-            && *first.key() <= position
-        {
-            first.remove().iter().for_each(|lane| self.moved(lane));
+    pub(super) fn has_read(&mut self, reach: &Reach) {
+        for position in reach.iter() {
+            let part = Position::in_part(position.part(), 0)..=position;
+            while let Some((&first, _)) = self.held.range(part.clone()).next() {
+                self.held.remove(&first).iter().flatten().for_each(|lane| self.moved(lane));
+            }
         }
     }
 
     /// True while there are keys that wait for the branch to read on from here.
-    pub(super) fn wait_for(&self, position: Position) -> bool {
-        self.held.last_key_value().is_some_and(|(last, _)| *last > position)
+    pub(super) fn wait_for(&self, reach: &Reach) -> bool {
+        self.held.keys().any(|last| !reach.covers(*last))
     }
 
     /// Changes a lane's entry, made first if there is none, and keeps what is derived from it.

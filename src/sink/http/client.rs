@@ -13,7 +13,8 @@ use super::request::read_file;
 use super::verdict::{Overrides, judge};
 use super::{HttpSpec, url_varies};
 use crate::clock::Clock;
-use crate::sink::{Failure, OpenError, Verdict, tls};
+use crate::connection::tls;
+use crate::sink::{Failure, OpenError, Verdict};
 
 /// A file of certificates is read up to this size.
 const LARGEST_PEM: u64 = 4 << 20;

@@ -216,7 +216,7 @@ async fn until_epochs(log: &Arc<dyn Log>, expected: &[u32]) {
 async fn settle_to(shelf: &Arc<dyn Shelf>, position: u64) {
     // A dropped record makes the settlement one that is waited for.
     let dropped = vec![(Position(position), "filter".into())];
-    let settlement = Settlement { frontier: Some(Position(position)), dropped, ..Settlement::default() };
+    let settlement = Settlement { frontier: Position(position).into(), dropped, ..Settlement::default() };
     shelf.settle(&branch(), settlement).await.unwrap();
 }
 

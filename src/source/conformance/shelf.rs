@@ -9,8 +9,8 @@ use super::{Kind, append, branch, closed, id_of, in_time, payloads, read, settle
 use crate::clock::Timestamp;
 use crate::record::Position;
 use crate::source::{
-    Admitted, AsideRow, DeadLetter, DeadQuery, DeadReason, Entry, Log, ParkedQuery, RowKey, Scheduled, Settlement,
-    Shelf, Start, StoredPause, Write, lane_of,
+    Admitted, AsideRow, DeadLetter, DeadQuery, DeadReason, Entry, Log, ParkedQuery, Reach, RowKey, Scheduled,
+    Settlement, Shelf, Start, StoredPause, Write, lane_of,
 };
 
 fn after<K: Kind>(kind: &K, seconds: u64) -> Timestamp {
@@ -79,13 +79,13 @@ pub(super) async fn what_is_parked_comes_when_it_is_due_in_that_order_and_never_
     for (seconds, payload) in [(30, "c"), (10, "a"), (20, "b"), (10, "a2"), (100, "d")] {
         park(&log, after(&kind, seconds), None, payload).await;
     }
-    assert_eq!(log.end(), Position(0));
+    assert_eq!(log.end().single(), Position(0));
     until_counts(&kind.shelf(), |counts| counts.parked == 5).await;
     kind.clock().advance(Duration::from_millis(9_999));
     assert!(futures::poll!(start.subscription.next(1, usize::MAX)).is_pending());
     kind.clock().advance(Duration::from_millis(20_001));
     assert_eq!(payloads(&read(&mut *start.subscription, 4).await), ["a", "a2", "b", "c"].map(Bytes::from));
-    assert_eq!(log.end(), Position(4));
+    assert_eq!(log.end().single(), Position(4));
     until_counts(&kind.shelf(), |counts| counts.parked == 1).await;
 }
 
@@ -123,7 +123,7 @@ pub(super) async fn what_is_cancelled_never_comes<K: Kind>(kind: K) {
     let mut start = kind.log().open_branch(&branch(), Start::Earliest).await.unwrap();
     kind.clock().advance(Duration::from_secs(60));
     assert_eq!(payloads(&read(&mut *start.subscription, 1).await), ["3"].map(Bytes::from));
-    assert_eq!(kind.log().end(), Position(1));
+    assert_eq!(kind.log().end().single(), Position(1));
     until_counts(&kind.shelf(), |counts| counts.parked == 0).await;
 }
 
@@ -156,13 +156,13 @@ pub(super) async fn rows_set_aside_come_back_in_order_with_what_is_known_of_them
     let entries = three(&kind).await;
     let shelf = kind.shelf();
     let rows = vec![aside(&kind, &entries[2], 0), aside(&kind, &entries[0], 1)];
-    settle(&shelf, Settlement { aside: rows, frontier: Some(Position(3)), ..Settlement::default() }).await;
+    settle(&shelf, Settlement { aside: rows, frontier: Position(3).into(), ..Settlement::default() }).await;
     // The same row again is what is newly known of it.
     settle(&shelf, Settlement { aside: vec![aside(&kind, &entries[0], 4)], ..Settlement::default() }).await;
     drop(shelf);
     let kind = kind.reopen().await;
     let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
-    assert_eq!((start.cursor, start.lanes.len()), (Position(3), 1));
+    assert_eq!((start.cursor.single(), start.lanes.len()), (Position(3), 1));
     let lane = &start.lanes[0];
     assert_eq!((lane.first, lane.last), (row(&entries[0]), row(&entries[2])));
     assert_eq!((lane.rows, lane.attempts), (2, 4));
@@ -185,7 +185,7 @@ pub(super) async fn ends_above_the_frontier_are_remembered<K: Kind>(kind: K) {
     settle(&kind.shelf(), Settlement { aside, dead, ..Settlement::default() }).await;
     let kind = kind.reopen().await;
     let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
-    assert_eq!(start.cursor, Position(0));
+    assert_eq!(start.cursor.single(), Position(0));
     assert!(start.ended.contains(&row(&entries[1])), "{:?}", start.ended);
     assert!(!start.ended.contains(&row(&entries[0])), "{:?}", start.ended);
     assert_eq!(start.lanes[0].first, row(&entries[2]));
@@ -230,7 +230,7 @@ pub(super) async fn replay_sends_back_in_order_and_leaves_what_was_overtaken<K: 
     let entries = three(&kind).await;
     let shelf = kind.shelf();
     let dead = entries.iter().map(|entry| letter(&kind, entry, DeadReason::Refused, false)).collect();
-    settle(&shelf, Settlement { dead, frontier: Some(Position(3)), ..Settlement::default() }).await;
+    settle(&shelf, Settlement { dead, frontier: Position(3).into(), ..Settlement::default() }).await;
     settle(&shelf, Settlement { overtaken: vec![row(&entries[1])], ..Settlement::default() }).await;
     let replayed = shelf.replay(all(), false).await.unwrap();
     assert_eq!((replayed.replayed, replayed.overtaken), (2, 1));
@@ -300,8 +300,8 @@ pub(super) async fn a_closed_shelf_says_so<K: Kind>(kind: K) {
     let rows = vec![aside(&kind, &entries[1], 1)];
     settle(&shelf, Settlement { dead, aside: rows, ..Settlement::default() }).await;
     kind.close().await;
-    let frontier = Some(Position(1));
-    let alone = Settlement { frontier, ..Settlement::default() };
+    let frontier = Reach::from(Position(1));
+    let alone = Settlement { frontier: frontier.clone(), ..Settlement::default() };
     let more = Settlement { frontier, dropped: vec![(Position(1), "filter".into())], ..Settlement::default() };
     closed("settle", in_time("settle", shelf.settle(&branch(), alone)).await);
     closed("settle", in_time("settle", shelf.settle(&branch(), more)).await);
@@ -316,10 +316,10 @@ pub(super) async fn a_closed_shelf_says_so<K: Kind>(kind: K) {
     closed("purge", in_time("purge", shelf.purge(all())).await);
     // What fell due after the end stays where it is.
     kind.clock().advance(Duration::from_secs(60));
-    assert_eq!(log.end(), Position(3));
+    assert_eq!(log.end().single(), Position(3));
     drop((log, shelf));
     let kind = kind.reopen().await;
     assert_eq!(kind.shelf().dead_letters(all()).await.unwrap().rows.len(), 1, "nothing of that has happened");
     let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
-    assert_eq!((start.cursor, start.lanes.len()), (Position(0), 1));
+    assert_eq!((start.cursor.single(), start.lanes.len()), (Position(0), 1));
 }

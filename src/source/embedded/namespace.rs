@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use tokio_util::sync::CancellationToken;
 
 use super::change::Change;
 use super::queue::{Answer, Draft};
@@ -22,7 +23,7 @@ use super::space::Space;
 use super::state::{StateError, StateReader};
 use crate::record::{Position, RecordId};
 use crate::source::{
-    AdmitError, Admitted, BranchName, BranchStart, Caps, Entered, Epoch, Found, Lag, Log, LogError, Start, Write,
+    AdmitError, Admitted, BranchName, BranchStart, Caps, Entered, Epoch, Found, Lag, Log, LogError, Reach, Start, Write,
 };
 
 /// One namespace of an embedded log. Cheap to clone by its `Arc`.
@@ -92,10 +93,10 @@ impl EmbeddedNamespace {
         if !known {
             let kept = Position(self.space.first_kept.load(Ordering::Acquire).saturating_sub(1));
             let forgotten = self.space.start_over.load(Ordering::Relaxed) > kept.0;
-            let position = match start {
+            let position = match start.by_position(&self.space.epochs.lock()) {
                 // It may be one whose cursor a repair has lost: rather a record twice than never.
                 _ if forgotten => kept,
-                Start::Earliest => kept,
+                Start::Earliest | Start::Epoch(_) => kept,
                 Start::Latest => self.space.end(),
                 Start::After(position) => position.max(kept),
             };
@@ -115,13 +116,14 @@ impl EmbeddedNamespace {
         let idle = cursor >= self.space.end();
         let subscription = Reader::new(Arc::clone(&self.shared), Arc::clone(&self.space), name, cursor);
         Ok(BranchStart {
-            cursor,
+            cursor: cursor.into(),
             ended: stored.ended,
             lanes,
             pause: stored.pause,
             unclean_stops: if idle { 0 } else { stored.unclean_stops },
             marks: stored.marks,
             subscription: Box::new(subscription),
+            moved: CancellationToken::new(),
         })
     }
 }
@@ -136,6 +138,9 @@ impl Log for EmbeddedNamespace {
             exact_keys: true,
             look_up: true,
             durable: true,
+            set_aside: true,
+            shared: false,
+            each_end: false,
         }
     }
 
@@ -180,18 +185,18 @@ impl Log for EmbeddedNamespace {
     fn lag(&self, branch: &BranchName) -> Lag {
         let end = self.space.end();
         let Some(cursor) = self.space.branches.lock().get(branch).map(|branch| branch.durable) else {
-            return Lag { cursor: end, ..Lag::default() };
+            return Lag { cursor: end.into(), ..Lag::default() };
         };
         let records = end.0.saturating_sub(cursor.0);
         if records == 0 {
-            return Lag { cursor, ..Lag::default() };
+            return Lag { cursor: cursor.into(), ..Lag::default() };
         }
         let bytes = self.space.bytes_before(end.next()).saturating_sub(self.space.bytes_before(cursor.next()));
-        Lag { records, bytes, oldest: self.space.time_of(cursor.next()), cursor }
+        Lag { records, bytes, oldest: self.space.time_of(cursor.next()), cursor: cursor.into() }
     }
 
-    fn end(&self) -> Position {
-        self.space.end()
+    fn end(&self) -> Reach {
+        self.space.end().into()
     }
 
     fn find(&self, id: RecordId) -> BoxFuture<'static, Result<Option<Found>, LogError>> {

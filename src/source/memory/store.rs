@@ -186,9 +186,10 @@ impl Store {
     pub(super) fn open(&mut self, name: &BranchName, start: Start) -> Position {
         let first = self.entries.front().map_or(self.end, |entry| Position(entry.position.0.saturating_sub(1)));
         let end = self.end;
+        let start = start.by_position(&self.epochs);
         let begin = || Branch {
             cursor: match start {
-                Start::Earliest => first,
+                Start::Earliest | Start::Epoch(_) => first,
                 Start::Latest => end,
                 Start::After(position) => position.max(first).min(end),
             },
@@ -226,7 +227,7 @@ impl Store {
             records: self.end.0.saturating_sub(cursor.0),
             bytes: left.clone().map(|entry| entry.record.weight() as u64).sum(),
             oldest: left.map(|entry| entry.record.written_at).next(),
-            cursor,
+            cursor: cursor.into(),
         }
     }
 
@@ -277,7 +278,8 @@ impl Store {
         for row in settlement.overtaken {
             branch.dead.values_mut().filter(|letter| letter.row == row).for_each(|letter| letter.overtaken = true);
         }
-        if let Some(frontier) = settlement.frontier.filter(|frontier| *frontier > branch.cursor) {
+        let frontier = settlement.frontier.single();
+        if frontier > branch.cursor {
             branch.cursor = frontier;
             branch.ended.retain(|row| row.position > frontier);
             branch.marks.retain(|position, _| *position > frontier);

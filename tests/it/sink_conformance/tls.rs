@@ -16,7 +16,7 @@ use super::{context, open, operation};
 
 /// A server at `address` that answers 200 to whoever gets so far; with `clients` it asks for a certificate of that authority.
 fn serve(address: &str, certificate: &[u8], key: &[u8], clients: Option<&[u8]>) -> u16 {
-    sink::tls::provider();
+    walflow::connection::tls::provider();
     let certificate = CertificateDer::from_pem_slice(certificate).unwrap();
     let key = PrivateKeyDer::from_pem_slice(key).unwrap();
     let builder = match clients {

@@ -52,7 +52,7 @@ async fn replayed_letters_go_at_their_rate_in_order_and_hold_up_no_other_record(
         overtaken: false,
     };
     let entries = opened.subscription.next(1_000, usize::MAX).await.unwrap();
-    let frontier = entries.last().map(|entry| entry.position);
+    let frontier = entries.iter().map(|entry| entry.position).collect();
     let dead = entries.into_iter().map(letter).collect();
     bench.log.settle(&bench.branch(), Settlement { frontier, dead, ..Settlement::default() }).await.unwrap();
     bench.restart().await;

@@ -26,7 +26,7 @@ fn damaged(what: &str) -> LogError {
 }
 
 fn changes(branch: &BranchName, settlement: Settlement) -> Vec<Change> {
-    let Settlement { frontier, aside, returned, dead, dropped, mark, pause, overtaken } = settlement;
+    let Settlement { frontier, ended: _, aside, returned, dead, dropped, mark, pause, overtaken } = settlement;
     let name = || branch.clone();
     let mut changes: Vec<Change> = Vec::new();
     changes.extend(aside.into_iter().map(|row| Change::Aside { branch: name(), row: Box::new(row) }));
@@ -36,7 +36,7 @@ fn changes(branch: &BranchName, settlement: Settlement) -> Vec<Change> {
     changes.extend(dropped.into_iter().map(|(position, reason)| Change::Dropped { branch: name(), position, reason }));
     changes.extend(mark.map(|position| Change::Mark { branch: name(), position }));
     changes.extend(pause.map(|pause| Change::Pause { branch: name(), pause }));
-    changes.extend(frontier.map(|position| Change::Cursor { branch: name(), position }));
+    changes.extend(frontier.iter().map(|position| Change::Cursor { branch: name(), position }));
     changes
 }
 
@@ -162,8 +162,8 @@ impl Shelf for EmbeddedNamespace {
             if let Some(reason) = self.shared.refusal() {
                 return ready(Err(LogError::Closed(reason))).boxed();
             }
-            if let Some(frontier) = settlement.frontier {
-                want_cursor(&self.shared.queue, &self.space, branch, frontier);
+            if !settlement.frontier.is_empty() {
+                want_cursor(&self.shared.queue, &self.space, branch, settlement.frontier.single());
             }
             return ready(Ok(())).boxed();
         }

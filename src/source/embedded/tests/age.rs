@@ -15,7 +15,7 @@ async fn look(namespace: &EmbeddedNamespace) {
 }
 
 async fn end_up_to(namespace: &EmbeddedNamespace, branch: &BranchName, position: u64) {
-    let frontier = Some(Position(position));
+    let frontier = Position(position).into();
     namespace.settle(branch, Settlement { frontier, ..Settlement::default() }).await.unwrap();
 }
 
@@ -142,7 +142,7 @@ async fn after_crash(folder: &Path, clock: &Clock) -> Vec<Bytes> {
     append(&namespace, 99..100).await;
     let fresh = BranchName::new("fresh", None);
     let mut start = namespace.open_branch(&fresh, Start::Earliest).await.unwrap();
-    let count = usize::try_from(namespace.end().0 - start.cursor.0).unwrap();
+    let count = usize::try_from(namespace.end().single().0 - start.cursor.single().0).unwrap();
     let found = payloads(&read(&mut *start.subscription, count).await);
     log.close().await;
     found

@@ -32,12 +32,12 @@ async fn write_some(namespace: &EmbeddedNamespace, range: std::ops::Range<u32>, 
 /// Everything that is in the log.
 async fn all(log: &Embedded) -> Vec<u32> {
     let namespace = orders(log);
-    let end = namespace.end().0;
+    let end = namespace.end().single().0;
     let mut start = namespace.open_branch(&sink(), Start::Earliest).await.unwrap();
-    let count = usize::try_from(end - start.cursor.0).unwrap();
+    let count = usize::try_from(end - start.cursor.single().0).unwrap();
     let entries = read(&mut *start.subscription, count).await;
     let positions: Vec<u64> = entries.iter().map(|entry| entry.position.0).collect();
-    assert_eq!(positions, (start.cursor.0 + 1..=end).collect::<Vec<_>>(), "each position once, without a gap");
+    assert_eq!(positions, (start.cursor.single().0 + 1..=end).collect::<Vec<_>>(), "each position once, without a gap");
     entries.iter().map(|entry| std::str::from_utf8(&entry.record.payload).unwrap().parse().unwrap()).collect()
 }
 
@@ -198,8 +198,8 @@ async fn row_21_on_a_full_disk_writes_are_refused_acks_are_stored_and_room_lets_
     // Reading and acking go on.
     let count = told.acknowledged.len();
     let last = read(&mut *start.subscription, count).await.pop().unwrap().position;
-    namespace.settle(&sink(), crate::source::Settlement { frontier: Some(last), ..Default::default() }).await.unwrap();
-    while namespace.lag(&sink()).cursor < last {
+    namespace.settle(&sink(), crate::source::Settlement { frontier: last.into(), ..Default::default() }).await.unwrap();
+    while namespace.lag(&sink()).cursor.single() < last {
         tokio::task::yield_now().await;
     }
     double.set_room(u64::MAX);
@@ -213,6 +213,6 @@ async fn row_21_on_a_full_disk_writes_are_refused_acks_are_stored_and_room_lets_
     let next = tempfile::tempdir().unwrap();
     let after = double.power_cut(1, next.path());
     let again = Embedded::open(on(&after, next.path(), &clock)).unwrap();
-    assert_eq!(orders(&again).end().0, told.acknowledged.len() as u64);
+    assert_eq!(orders(&again).end().single().0, told.acknowledged.len() as u64);
     again.close().await;
 }

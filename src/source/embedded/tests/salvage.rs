@@ -28,7 +28,7 @@ async fn fill(log: &Embedded, clock: &Clock) {
         rendered: None,
         overtaken: false,
     };
-    let settlement = Settlement { dead: vec![dead], frontier: Some(Position(30)), ..Settlement::default() };
+    let settlement = Settlement { dead: vec![dead], frontier: Position(30).into(), ..Settlement::default() };
     namespace.settle(&sink(), settlement).await.unwrap();
     for number in 0..PARKED {
         let due_at = Some(clock.now().saturating_add(HOUR));
@@ -97,7 +97,7 @@ async fn a_spoilt_page_costs_the_rows_in_it_and_nothing_else_and_that_is_said() 
     let letters = namespace.dead_letters(DeadQuery { limit: 9, ..DeadQuery::default() }).await.unwrap().rows;
     assert_eq!(letters.len(), 1);
     let mut start = namespace.open_branch(&sink(), Start::Latest).await.unwrap();
-    assert_eq!(start.cursor, Position(30));
+    assert_eq!(start.cursor.single(), Position(30));
     assert_eq!(payloads(&read(&mut *start.subscription, 20).await), numbers(30..50));
     clock.advance(HOUR);
     assert_eq!(payloads(&read(&mut *start.subscription, left.len()).await), left);
@@ -148,7 +148,7 @@ async fn without_any_store_every_record_of_the_segments_is_read_again_from_the_f
     let namespace = log.namespace(&name, NamespaceSettings::default()).unwrap();
     assert_eq!(namespace.counts().keys_since, Some(clock.now()).max(namespace.counts().keys_since));
     let mut start = namespace.open_branch(&sink(), Start::Latest).await.unwrap();
-    assert_eq!(start.cursor, Position(0), "nobody knows how far it was");
+    assert_eq!(start.cursor.single(), Position(0), "nobody knows how far it was");
     assert_eq!(payloads(&read(&mut *start.subscription, 300).await), numbers(0..300));
     append(&namespace, 300..301).await;
     assert_eq!(payloads(&read(&mut *start.subscription, 1).await), numbers(300..301));
@@ -172,7 +172,7 @@ async fn a_column_that_says_another_thing_than_its_bytes_is_no_row_to_go_by() {
     clock.advance(Duration::from_mins(59));
     namespace.shared_for_tests().flushed().await.unwrap();
     append(&namespace, 50..51).await;
-    assert_eq!(namespace.end(), Position(51), "nothing was released before it was due");
+    assert_eq!(namespace.end().single(), Position(51), "nothing was released before it was due");
     let letters = namespace.dead_letters(DeadQuery { limit: 9, ..DeadQuery::default() }).await;
     assert!(matches!(&letters, Err(LogError::Damaged(what)) if what.contains("log repair")), "{letters:?}");
     let query = ParkedQuery { limit: 1_000, ..ParkedQuery::default() };

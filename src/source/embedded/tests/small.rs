@@ -61,7 +61,7 @@ pub(super) async fn small(folder: &Path, clock: &Clock) -> Double {
     read(&mut *start.subscription, 7).await;
     let dropped = vec![(Position(2), "filter".into())];
     namespace
-        .settle(&sink(), Settlement { frontier: Some(Position(3)), dropped, ..Settlement::default() })
+        .settle(&sink(), Settlement { frontier: Position(3).into(), dropped, ..Settlement::default() })
         .await
         .unwrap();
     log.close().await;

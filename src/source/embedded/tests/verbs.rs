@@ -27,13 +27,13 @@ async fn a_settled_frontier_is_where_the_branch_goes_on() {
     append(&namespace, 0..10).await;
     namespace.open_branch(&sink(), Start::Earliest).await.unwrap();
     assert_eq!(namespace.lag(&sink()).records, 10);
-    let settlement = Settlement { frontier: Some(Position(4)), ..Settlement::default() };
+    let settlement = Settlement { frontier: Position(4).into(), ..Settlement::default() };
     namespace.settle(&sink(), settlement).await.unwrap();
     log.close().await;
     drop((namespace, log));
     let log = open(folder.path(), &clock);
     let start = orders(&log).open_branch(&sink(), Start::Latest).await.unwrap();
-    assert_eq!(start.cursor, Position(4));
+    assert_eq!(start.cursor.single(), Position(4));
     assert_eq!(orders(&log).lag(&sink()).records, 6);
     log.close().await;
 }
@@ -54,7 +54,7 @@ async fn parked_records_are_released_in_the_order_of_their_due_times_and_never_e
     clock.advance(Duration::from_secs(30));
     let found = read(&mut *start.subscription, 3).await;
     assert_eq!(payloads(&found), [Bytes::from("10"), Bytes::from("20"), Bytes::from("30")]);
-    assert_eq!(namespace.end(), Position(3), "the fourth is not due");
+    assert_eq!(namespace.end().single(), Position(3), "the fourth is not due");
     log.close().await;
 }
 
@@ -99,7 +99,7 @@ async fn the_same_key_a_hundred_times_at_once_is_one_record() {
     let appended = answers.iter().filter(|answer| matches!(answer.as_ref().unwrap()[0], Admitted::Appended { .. }));
     assert_eq!(appended.count(), 1);
     assert_eq!(namespace.admit(vec![keyed(2)]).await.unwrap(), [Admitted::KeyReused]);
-    assert_eq!(namespace.end(), Position(1));
+    assert_eq!(namespace.end().single(), Position(1));
     // Twice in one batch is once too.
     let other = || Write {
         idempotency: Some(IdempotencyKey { key: "twice".into(), fingerprint: [1; 16] }),
@@ -132,7 +132,10 @@ async fn a_dead_letter_is_found_replayed_to_its_branch_and_purged() {
         overtaken,
     };
     let dead = vec![letter(&entries[0], true), letter(&entries[1], false)];
-    namespace.settle(&sink(), Settlement { dead, frontier: Some(Position(3)), ..Settlement::default() }).await.unwrap();
+    namespace
+        .settle(&sink(), Settlement { dead, frontier: Position(3).into(), ..Settlement::default() })
+        .await
+        .unwrap();
     let id = entries[1].record.id;
     let Some(Found::InLog { branches, .. }) = namespace.find(id).await.unwrap() else { panic!("not found") };
     assert!(matches!(branches[0].1, Fate::Dead { .. }), "{branches:?}");
@@ -160,10 +163,10 @@ async fn finished_records_beyond_the_retention_go_and_unfinished_ones_stay() {
     retention::look(namespace.shared_for_tests());
     let kept =
         |namespace: &EmbeddedNamespace| namespace.clone().open_branch(&BranchName::new("x", None), Start::Earliest);
-    assert_eq!(kept(&namespace).await.unwrap().cursor, Position(0), "nothing is finished yet");
+    assert_eq!(kept(&namespace).await.unwrap().cursor.single(), Position(0), "nothing is finished yet");
     namespace.forget_branch(&BranchName::new("x", None)).await.unwrap();
     let settlement = Settlement {
-        frontier: Some(Position(300)),
+        frontier: Position(300).into(),
         dropped: vec![(Position(300), "test".into())],
         ..Settlement::default()
     };
@@ -171,14 +174,14 @@ async fn finished_records_beyond_the_retention_go_and_unfinished_ones_stay() {
     namespace.shared_for_tests().flushed().await.unwrap();
     retention::look(namespace.shared_for_tests());
     append(&namespace, 300..301).await;
-    let first = kept(&namespace).await.unwrap().cursor;
+    let first = kept(&namespace).await.unwrap().cursor.single();
     assert!(first > Position(100), "{first:?}");
     log.close().await;
     drop((namespace, log));
     let log = open(folder.path(), &clock);
     let mut start = kept(&orders(&log)).await.unwrap();
-    assert!(start.cursor >= first);
-    let expected = numbers(u32::try_from(start.cursor.0).unwrap()..301);
+    assert!(start.cursor.single() >= first);
+    let expected = numbers(u32::try_from(start.cursor.single().0).unwrap()..301);
     assert_eq!(payloads(&read(&mut *start.subscription, expected.len()).await), expected);
     log.close().await;
 }

@@ -59,7 +59,7 @@ async fn row_03_a_released_record_is_whole_though_its_parked_row_and_its_segment
     assert!(!segments.iter().any(|name| name.ends_with(".seg")), "the segment was not synced: {segments:?}");
     let again = Embedded::open(on(&cut, next.path(), &clock)).unwrap();
     let namespace = orders(&again);
-    assert_eq!((namespace.end(), namespace.counts().parked), (Position(1), 0));
+    assert_eq!((namespace.end().single(), namespace.counts().parked), (Position(1), 0));
     let mut start = namespace.open_branch(&sink(), Start::Earliest).await.unwrap();
     let entries = read(&mut *start.subscription, 1).await;
     assert_eq!((entries[0].record.id, payloads(&entries)), (id, vec![Bytes::from("\"whole\"")]));
@@ -106,13 +106,13 @@ async fn row_08_nothing_shows_a_record_before_the_sync_of_its_group_has_returned
     let next = start.subscription.next(1, 1 << 20);
     assert!(futures::FutureExt::now_or_never(next).is_none(), "a branch was given it");
     assert_eq!(namespace.find(id).await.unwrap(), None, "a look-up found it");
-    assert_eq!((namespace.end(), namespace.lag(&sink()).records), (Position(0), 0));
+    assert_eq!((namespace.end().single(), namespace.lag(&sink()).records), (Position(0), 0));
     assert!(double.holds_one() && !admit.is_finished(), "it was answered");
     // Were the power to go now, it would never have been.
     let next = tempfile::tempdir().unwrap();
     let cut = double.power_cut_after_state(next.path());
     let other = Embedded::open(on(&cut, next.path(), &clock)).unwrap();
-    assert_eq!(orders(&other).end(), Position(0));
+    assert_eq!(orders(&other).end().single(), Position(0));
     other.close().await;
     double.let_go();
     assert_eq!(id_of(&admit.await.unwrap().unwrap()[0]), id);
@@ -163,7 +163,7 @@ async fn row_19_releases_and_drops_leave_no_rows_and_are_found_while_their_segme
     let entries = read(&mut *start.subscription, RECORDS as usize).await;
     assert_eq!(entries.iter().map(|entry| entry.record.id).collect::<Vec<_>>(), all);
     let dropped = entries.iter().skip(1).step_by(2).map(|entry| (entry.position, "filter".into())).collect();
-    let frontier = Some(Position(RECORDS.into()));
+    let frontier = Position(RECORDS.into()).into();
     namespace.settle(&sink(), Settlement { frontier, dropped, ..Settlement::default() }).await.unwrap();
     namespace.shared_for_tests().flushed().await.unwrap();
     let rows = rows(folder.path());
