@@ -11,6 +11,7 @@ mod conformance;
 pub mod embedded;
 pub mod foreign;
 pub mod frontier;
+pub mod kafka;
 pub mod memory;
 mod query;
 mod waiting;

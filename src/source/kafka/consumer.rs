@@ -1,0 +1,593 @@
+//! A branch as a consumer group: a thread that polls, the parts that are its own, and the offsets that it commits.
+//!
+//! The thread polls whether or not anybody reads, so the group sees us alive while a target is away. Each assignment is a
+//! session with a frontier of its own: once its parts are taken away nothing of it is committed any more.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use rdkafka::client::ClientContext;
+use rdkafka::config::FromClientConfigAndContext as _;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::message;
+use super::topic::offsets_of;
+use crate::clock::Timestamp;
+use crate::connection::kafka::{METADATA_TIMEOUT, explain};
+use crate::record::Position;
+use crate::source::foreign::broker::{Begin, Opened};
+use crate::source::{Entry, LogError, Reach, Subscription};
+
+/// Bytes that a branch may hold ready whatever others hold.
+const OWN_BYTES: usize = 256 << 10;
+/// Bytes that all branches of the process hold ready, about.
+const ALL_BYTES: usize = 64 << 20;
+/// Bytes that a branch holds ready at most.
+const MOST_BYTES: usize = 4 << 20;
+/// How often progress is committed.
+const COMMIT: Duration = Duration::from_millis(250);
+/// How long the thread waits for messages, and for room.
+const POLL: Duration = Duration::from_millis(100);
+/// How long those who read may take to let go of parts that are taken away.
+const LEAVE: Duration = Duration::from_secs(25);
+/// How long a branch waits for its parts before it says that it has none.
+const JOIN: Duration = Duration::from_secs(30);
+
+/// Bytes that are held ready, over all branches.
+static HELD: AtomicUsize = AtomicUsize::new(0);
+
+/// A branch's membership in its group.
+pub(super) struct Member {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+/// What the thread, the callbacks and the readers share.
+pub(super) struct Shared {
+    topic: String,
+    group: String,
+    number: u32,
+    state: Mutex<State>,
+    /// For the thread and for callbacks: something changed.
+    changed: Condvar,
+    /// For readers: entries, a session, an error.
+    news: Notify,
+}
+
+struct State {
+    session: Option<Session>,
+    /// Where parts begin that the group has never committed.
+    begin: Begin,
+    /// Why there is no session; whoever opens hears it once, and then it is tried again.
+    failed: Option<LogError>,
+    rejoin: bool,
+    stopped: bool,
+    generations: u64,
+    trouble: Option<String>,
+}
+
+struct Session {
+    generation: u64,
+    parts: Vec<u16>,
+    frontier: Reach,
+    committed: Reach,
+    queue: VecDeque<Entry>,
+    bytes: usize,
+    /// Read and not behind the frontier, by their time.
+    times: VecDeque<(Position, Timestamp)>,
+    /// Somebody reads it.
+    taken: bool,
+    /// Somebody has read of it before.
+    used: bool,
+    /// The thread has to go back to the frontier.
+    rewind: bool,
+    moved: CancellationToken,
+}
+
+impl Session {
+    fn clear(&mut self) {
+        HELD.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+        self.queue.clear();
+        self.times.clear();
+    }
+
+    fn is_full(&self) -> bool {
+        self.bytes >= MOST_BYTES || (self.bytes >= OWN_BYTES && HELD.load(Ordering::Relaxed) >= ALL_BYTES)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.clear();
+        self.moved.cancel();
+    }
+}
+
+/// What librdkafka calls, from the thread that polls.
+pub(super) struct Callbacks(Arc<Shared>);
+
+impl ClientContext for Callbacks {
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(group = %self.0.group, %error, reason, "Kafka consumer");
+        self.0.state.lock().trouble = Some(explain(&error));
+    }
+}
+
+impl ConsumerContext for Callbacks {
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, error: RDKafkaRespErr, parts: &mut TopicPartitionList) {
+        if error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
+            if let Err(error) = self.0.assigned(consumer, parts) {
+                let act = format!("find out where group {} is in topic {}", self.0.group, self.0.topic);
+                self.0.fail(storage(act, &error));
+                // The group has to hear that we take part, if with nothing.
+                let _ = consumer.assign(&TopicPartitionList::new());
+            }
+        } else {
+            self.0.revoked(consumer);
+            if let Err(error) = consumer.unassign() {
+                tracing::warn!(group = %self.0.group, %error, "parts could not be given back");
+            }
+        }
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
+        if let Err(error) = result
+            && error.rdkafka_error_code() != Some(RDKafkaErrorCode::NoOffset)
+        {
+            // It goes with the next one; what is not committed comes again.
+            tracing::debug!(group = %self.0.group, %error, "a commit failed");
+            if let Some(session) = &mut self.0.state.lock().session {
+                session.committed = Reach::none();
+            }
+        }
+    }
+}
+
+pub(super) fn storage(act: String, error: &KafkaError) -> LogError {
+    LogError::Storage { act: act.into(), cause: explain(error).into() }
+}
+
+fn list(topic: &str, reach: &Reach, parts: &[u16]) -> TopicPartitionList {
+    let mut list = TopicPartitionList::new();
+    for part in parts {
+        let (partition, offset) = message::next_offset(reach.of(*part));
+        // A partition of this list that cannot take the offset is none of ours.
+        let _ = list.add_partition_offset(topic, partition, Offset::Offset(offset));
+    }
+    list
+}
+
+impl Shared {
+    /// Parts are ours: where do they go on?
+    fn assigned(&self, consumer: &BaseConsumer<Callbacks>, parts: &TopicPartitionList) -> KafkaResult<()> {
+        let begin = self.state.lock().begin.clone();
+        let committed = consumer.committed_offsets(parts.clone(), METADATA_TIMEOUT)?;
+        let mut cursor = Reach::none();
+        let mut fresh = Vec::new();
+        for part in committed.elements() {
+            let partition = part.partition();
+            let next = match part.offset() {
+                Offset::Offset(next) => next,
+                _ => {
+                    fresh.push(u16::try_from(partition).unwrap_or(u16::MAX));
+                    let (low, high) = consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT)?;
+                    match &begin {
+                        Begin::Earliest => low,
+                        Begin::Latest => high,
+                        // A partition that is newer than the place is read from its beginning.
+                        Begin::Place(place) => {
+                            offsets_of(place).get(&partition).map_or(low, |next| (*next).clamp(low, high))
+                        }
+                    }
+                }
+            };
+            let place = u64::try_from(next).unwrap_or(0);
+            cursor.advance(Position::in_part(u16::try_from(partition).unwrap_or(u16::MAX), place));
+        }
+        if !fresh.is_empty() {
+            // From here on the group is known, wherever it is opened next.
+            consumer.commit(&list(&self.topic, &cursor, &fresh), CommitMode::Sync)?;
+        }
+        let parts: Vec<u16> = cursor.iter().map(Position::part).collect();
+        consumer.assign(&list(&self.topic, &cursor, &parts))?;
+        let mut state = self.state.lock();
+        state.generations += 1;
+        let generation = state.generations;
+        tracing::info!(group = %self.group, partitions = ?parts, "partitions assigned");
+        state.trouble = None;
+        state.session = Some(Session {
+            generation,
+            parts,
+            committed: cursor.clone(),
+            frontier: cursor,
+            queue: VecDeque::new(),
+            bytes: 0,
+            times: VecDeque::new(),
+            taken: false,
+            used: false,
+            rewind: false,
+            moved: CancellationToken::new(),
+        });
+        drop(state);
+        self.tell();
+        Ok(())
+    }
+
+    /// Parts go to others: what is under way may end, its progress is committed, then they are let go.
+    fn revoked(&self, consumer: &BaseConsumer<Callbacks>) {
+        let mut state = self.state.lock();
+        let Some(session) = &state.session else { return };
+        session.moved.cancel();
+        let deadline = Instant::now() + LEAVE;
+        let held = |state: &State| state.session.as_ref().is_some_and(|session| session.taken);
+        while held(&state) && !self.changed.wait_until(&mut state, deadline).timed_out() {}
+        if held(&state) {
+            tracing::warn!(group = %self.group, "what was under way did not end in time; it is sent again by who has the partitions now");
+        }
+        // Taken out under the lock that progress takes, so nothing is committed past this.
+        let session = state.session.take();
+        drop(state);
+        // Of a membership that was lost others may have gone on already.
+        if let Some(session) = session.filter(|_| !consumer.assignment_lost())
+            && session.frontier != session.committed
+            && let Err(error) = consumer.commit(&list(&self.topic, &session.frontier, &session.parts), CommitMode::Sync)
+        {
+            tracing::warn!(group = %self.group, %error, "the last progress could not be committed; it is made again");
+        }
+        self.tell();
+    }
+
+    fn fail(&self, error: LogError) {
+        let mut state = self.state.lock();
+        state.failed = Some(error);
+        if let Some(session) = &state.session {
+            session.moved.cancel();
+        }
+        drop(state);
+        self.tell();
+    }
+
+    fn tell(&self) {
+        self.changed.notify_all();
+        self.news.notify_waiters();
+    }
+
+    /// The thread: polls until it is stopped.
+    fn run(self: &Arc<Self>, consumer: &BaseConsumer<Callbacks>) {
+        let mut paused = false;
+        let mut committed = Instant::now();
+        loop {
+            let mut state = self.state.lock();
+            if state.stopped {
+                drop(state);
+                self.revoked(consumer);
+                consumer.unsubscribe();
+                return;
+            }
+            if std::mem::take(&mut state.rejoin) {
+                drop(state);
+                self.revoked(consumer);
+                consumer.unsubscribe();
+                if let Err(error) = consumer.subscribe(&[&self.topic]) {
+                    self.fail(storage(format!("subscribe to {}", self.topic), &error));
+                }
+                continue;
+            }
+            let wanted = self.upkeep(&mut state, &mut committed);
+            let full = state.session.as_ref().is_some_and(|session| {
+                session.is_full() || (paused && session.bytes > OWN_BYTES / 2 && session.bytes > MOST_BYTES / 2)
+            });
+            drop(state);
+            match wanted {
+                Some(Upkeep::Rewind(from)) => {
+                    paused = false;
+                    if let Err(error) = consumer.assign(&from) {
+                        self.fail(storage(format!("go back in topic {}", self.topic), &error));
+                    }
+                }
+                Some(Upkeep::Commit(progress)) => {
+                    if let Err(error) = consumer.commit(&progress, CommitMode::Async) {
+                        tracing::debug!(group = %self.group, %error, "a commit could not be sent");
+                    }
+                }
+                None => {}
+            }
+            if full != paused
+                && let Ok(assignment) = consumer.assignment()
+            {
+                let done = if full { consumer.pause(&assignment) } else { consumer.resume(&assignment) };
+                paused = if done.is_ok() { full } else { paused };
+            }
+            match consumer.poll(POLL) {
+                None => {}
+                Some(Ok(message)) => self.arrived(&message),
+                Some(Err(error)) => self.refused(consumer, &error),
+            }
+        }
+    }
+
+    /// What the thread has to do before it polls.
+    fn upkeep(&self, state: &mut MutexGuard<'_, State>, committed: &mut Instant) -> Option<Upkeep> {
+        let session = state.session.as_mut()?;
+        if std::mem::take(&mut session.rewind) {
+            return Some(Upkeep::Rewind(list(&self.topic, &session.frontier, &session.parts)));
+        }
+        if session.frontier != session.committed && committed.elapsed() >= COMMIT {
+            *committed = Instant::now();
+            session.committed = session.frontier.clone();
+            return Some(Upkeep::Commit(list(&self.topic, &session.frontier, &session.parts)));
+        }
+        None
+    }
+
+    fn arrived(&self, message: &rdkafka::message::BorrowedMessage<'_>) {
+        let position = message::position(message.partition(), message.offset());
+        let record = message::record(message, self.number);
+        let mut state = self.state.lock();
+        let Some(session) = &mut state.session else { return };
+        // What was fetched before the thread went back is not taken twice.
+        if session.rewind || !session.parts.contains(&position.part()) || session.frontier.covers(position) {
+            return;
+        }
+        let weight = record.weight();
+        HELD.fetch_add(weight, Ordering::Relaxed);
+        session.bytes += weight;
+        session.times.push_back((position, record.written_at));
+        session.queue.push_back(Entry { position, record: Arc::new(record) });
+        drop(state);
+        self.news.notify_waiters();
+    }
+
+    /// The client says that something is wrong.
+    fn refused(&self, consumer: &BaseConsumer<Callbacks>, error: &KafkaError) {
+        let code = error.rdkafka_error_code();
+        match code {
+            Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange) => {
+                self.fail(LogError::Damaged(self.out_of_range(consumer).into()));
+            }
+            Some(
+                RDKafkaErrorCode::UnknownTopicOrPartition
+                | RDKafkaErrorCode::UnknownTopic
+                | RDKafkaErrorCode::TopicAuthorizationFailed
+                | RDKafkaErrorCode::GroupAuthorizationFailed
+                | RDKafkaErrorCode::PollExceeded,
+            ) => self.fail(storage(format!("read topic {} as group {}", self.topic, self.group), error)),
+            _ => {
+                tracing::debug!(group = %self.group, %error, "Kafka consumer");
+                self.state.lock().trouble = Some(explain(error));
+            }
+        }
+    }
+
+    fn out_of_range(&self, consumer: &BaseConsumer<Callbacks>) -> String {
+        let frontier = self.state.lock().session.as_ref().map(|session| session.frontier.clone()).unwrap_or_default();
+        let mut wrong = Vec::new();
+        for position in frontier.iter() {
+            let (partition, next) = message::next_offset(position);
+            if let Ok((low, high)) = consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT)
+                && !(low..=high).contains(&next)
+            {
+                wrong.push(format!("partition {partition}: {next} is next, {low} to {high} are kept"));
+            }
+        }
+        format!(
+            "the offset of group {} is out of the range that topic {} keeps ({}): records were removed before they were \
+             delivered. Nothing is skipped by itself: choose where to go on with `kafka-consumer-groups --group {} --topic {} \
+             --reset-offsets --to-earliest --execute`; the branch goes on by itself then",
+            self.group,
+            self.topic,
+            wrong.join("; "),
+            self.group,
+            self.topic
+        )
+    }
+}
+
+enum Upkeep {
+    Rewind(TopicPartitionList),
+    Commit(TopicPartitionList),
+}
+
+impl Member {
+    /// Joins the group. Connects when it can.
+    pub(super) fn join(
+        mut config: ClientConfig,
+        topic: &str,
+        group: &str,
+        number: u32,
+        begin: Begin,
+    ) -> Result<Self, LogError> {
+        config.set("group.id", group);
+        config.set("enable.auto.commit", "false").set("enable.auto.offset.store", "false");
+        // A stale offset is an alarm, never a silent jump.
+        config.set("auto.offset.reset", "error");
+        config.set("session.timeout.ms", "10000").set("heartbeat.interval.ms", "1000");
+        config.set("max.poll.interval.ms", "300000");
+        config.set("partition.assignment.strategy", "range");
+        config.set("queued.max.messages.kbytes", "2048").set("fetch.message.max.bytes", "1048576");
+        config.set("fetch.wait.max.ms", "500").set("fetch.error.backoff.ms", "200");
+        config.set("isolation.level", "read_committed");
+        let shared = Arc::new(Shared {
+            topic: topic.to_owned(),
+            group: group.to_owned(),
+            number,
+            state: Mutex::new(State {
+                session: None,
+                begin,
+                failed: None,
+                rejoin: false,
+                stopped: false,
+                generations: 0,
+                trouble: None,
+            }),
+            changed: Condvar::new(),
+            news: Notify::new(),
+        });
+        let failed = |error: KafkaError| storage(format!("join group {group}"), &error);
+        let consumer =
+            BaseConsumer::from_config_and_context(&config, Callbacks(Arc::clone(&shared))).map_err(failed)?;
+        consumer.subscribe(&[topic]).map_err(failed)?;
+        let running = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("kafka-branch".to_owned())
+            .stack_size(512 << 10)
+            .spawn(move || running.run(&consumer))
+            .map_err(|error| LogError::Storage { act: "start a thread".into(), cause: error.to_string().into() })?;
+        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Takes the parts that are ours; waits for them.
+    pub(super) async fn open(&self, begin: Begin) -> Result<Opened, LogError> {
+        let deadline = tokio::time::Instant::now() + JOIN;
+        loop {
+            let news = self.shared.news.notified();
+            tokio::pin!(news);
+            news.as_mut().enable();
+            {
+                let mut state = self.shared.state.lock();
+                if state.stopped {
+                    return Err(LogError::Closed("the group was left".into()));
+                }
+                state.begin = begin.clone();
+                if let Some(failed) = state.failed.take() {
+                    state.rejoin = true;
+                    return Err(failed);
+                }
+                if let Some(session) =
+                    state.session.as_mut().filter(|session| !session.taken && !session.moved.is_cancelled())
+                {
+                    session.taken = true;
+                    if std::mem::replace(&mut session.used, true) {
+                        session.clear();
+                        session.rewind = true;
+                    }
+                    return Ok(Opened {
+                        cursor: session.frontier.clone(),
+                        parts: Some(session.parts.clone()),
+                        subscription: Box::new(Parts {
+                            shared: Arc::clone(&self.shared),
+                            generation: session.generation,
+                        }),
+                        moved: session.moved.clone(),
+                    });
+                }
+            }
+            if tokio::time::timeout_at(deadline, news).await.is_err() {
+                let cause = self.trouble().unwrap_or_else(|| "the group gave no answer".to_owned());
+                let act = format!("join group {} of topic {}", self.shared.group, self.shared.topic);
+                return Err(LogError::Storage { act: act.into(), cause: cause.into() });
+            }
+        }
+    }
+
+    pub(super) fn progress(&self, frontier: &Reach) {
+        let mut state = self.shared.state.lock();
+        let Some(session) = &mut state.session else { return };
+        for position in frontier.iter().filter(|position| session.parts.contains(&position.part())) {
+            session.frontier.advance(position);
+        }
+        while session.times.front().is_some_and(|(position, _)| session.frontier.covers(*position)) {
+            session.times.pop_front();
+        }
+    }
+
+    /// How far the parts are that are ours, and the time of the oldest record that was read and has no end.
+    pub(super) fn standing(&self) -> (Reach, Option<Timestamp>) {
+        let state = self.shared.state.lock();
+        state.session.as_ref().map_or((Reach::none(), None), |session| {
+            (session.frontier.clone(), session.times.front().map(|(_, at)| *at))
+        })
+    }
+
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.shared.state.lock().trouble.clone()
+    }
+
+    /// Commits and leaves. Blocks, with a bound.
+    pub(super) fn leave(&self) {
+        {
+            let mut state = self.shared.state.lock();
+            state.stopped = true;
+        }
+        self.shared.tell();
+        let thread = self.thread.lock().take();
+        if let Some(thread) = thread {
+            // A thread that panicked has left too.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.shared.state.lock().stopped = true;
+        self.shared.tell();
+    }
+}
+
+/// The reader of a session.
+struct Parts {
+    shared: Arc<Shared>,
+    generation: u64,
+}
+
+impl Subscription for Parts {
+    fn next(&mut self, max_records: usize, max_bytes: usize) -> BoxFuture<'_, Result<Vec<Entry>, LogError>> {
+        async move {
+            loop {
+                let news = self.shared.news.notified();
+                tokio::pin!(news);
+                news.as_mut().enable();
+                if let Some(entries) = self.take(max_records, max_bytes)? {
+                    return Ok(entries);
+                }
+                news.await;
+            }
+        }
+        .boxed()
+    }
+}
+
+impl Parts {
+    fn take(&self, max_records: usize, max_bytes: usize) -> Result<Option<Vec<Entry>>, LogError> {
+        let mut state = self.shared.state.lock();
+        if state.stopped {
+            return Err(LogError::Closed("the group was left".into()));
+        }
+        let Some(session) = state.session.as_mut().filter(|session| session.generation == self.generation) else {
+            return Ok(None);
+        };
+        let (mut entries, mut bytes) = (Vec::new(), 0);
+        while entries.len() < max_records.max(1)
+            && bytes <= max_bytes
+            && let Some(entry) = session.queue.pop_front()
+        {
+            bytes += entry.record.weight();
+            entries.push(entry);
+        }
+        session.bytes -= bytes;
+        HELD.fetch_sub(bytes, Ordering::Relaxed);
+        Ok((!entries.is_empty()).then_some(entries))
+    }
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        let mut state = self.shared.state.lock();
+        if let Some(session) = state.session.as_mut().filter(|session| session.generation == self.generation) {
+            session.taken = false;
+        }
+        drop(state);
+        self.shared.tell();
+    }
+}

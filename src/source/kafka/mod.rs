@@ -1,0 +1,541 @@
+//! `kafka`: the log is a topic, a branch a consumer group, the order of a key that of its partition.
+//!
+//! Durable means: the leader and every replica in sync have it (acks=all), and the delivery report says so. Brokers do not
+//! sync their disks for it: what every replica loses at one moment is lost.
+
+mod consumer;
+mod message;
+mod producer;
+mod topic;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, ready};
+use parking_lot::Mutex;
+use rdkafka::error::KafkaError;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use self::consumer::{Member, storage};
+use self::producer::Producer;
+use self::topic::TopicFacts;
+use super::foreign::broker::{Begin, Broker, BrokerCaps, Handed, Opened};
+use super::foreign::open::{Context, SpecFault};
+use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach};
+use crate::clock::Timestamp;
+use crate::connection::kafka::{Cluster, SaslSpec, TlsSpec, explain};
+use crate::record::{Position, Record, RecordId};
+
+/// `source.kafka:` — a topic; made at the start unless `topics.create` is false.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct KafkaSourceSpec {
+    /// Where to begin: `host:port`, several with commas.
+    pub brokers: Option<String>,
+    /// Encrypts the connection. Default: off.
+    pub tls: Option<TlsSpec>,
+    /// Who we are.
+    pub sasl: Option<SaslSpec>,
+    /// The topic. Other programs may write to it too.
+    pub topic: String,
+    /// How the topic is made when it is not there.
+    pub topics: TopicsSpec,
+    /// Where the first branches begin in a topic that was there before. Default: earliest.
+    pub start: KafkaStart,
+    /// The consumer groups are called `PREFIX.NAMESPACE.BRANCH`. Default: walflow.
+    pub group_prefix: Option<String>,
+    /// Where dead letters go when there is no shelf. Default: the topic's name and `.dead-letters`.
+    pub dead_letters: Option<String>,
+}
+
+/// `source.kafka.topics:`
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TopicsSpec {
+    /// Makes topics that are not there. Default: true.
+    pub create: bool,
+    /// Partitions of a topic that is made: how many processes may share it. Default: 4.
+    pub partitions: u16,
+    /// Replicas of a topic that is made. Default: 3, or as many as there are brokers.
+    pub replicas: Option<u16>,
+}
+
+impl Default for TopicsSpec {
+    fn default() -> Self {
+        Self { create: true, partitions: 4, replicas: None }
+    }
+}
+
+/// `source.kafka.start:`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum KafkaStart {
+    /// At the oldest record that the topic keeps.
+    #[default]
+    Earliest,
+    /// With what comes after the start.
+    Latest,
+}
+
+/// How often the ends of a topic are looked at: while something moves, and while nothing does.
+const LOOK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
+/// How long a write or a branch waits for the topic to be found or made.
+const READY: Duration = Duration::from_secs(15);
+
+impl KafkaSourceSpec {
+    /// The cluster of the topic.
+    pub fn cluster(&self) -> Cluster {
+        Cluster { brokers: self.brokers.clone(), tls: self.tls.clone(), sasl: self.sasl.clone() }
+    }
+
+    fn prefix(&self) -> &str {
+        self.group_prefix.as_deref().unwrap_or("walflow")
+    }
+
+    fn dead_topic(&self) -> String {
+        self.dead_letters.clone().unwrap_or_else(|| format!("{}.dead-letters", self.topic))
+    }
+
+    /// The consumer group of a branch.
+    pub fn group(&self, namespace: &str, branch: &str) -> String {
+        format!("{}.{namespace}.{branch}", self.prefix())
+    }
+
+    /// What somebody with the rights has to run where walflow may not make the topic.
+    pub fn commands(&self, namespace: &str, branches: &[&str]) -> Vec<String> {
+        let at = format!("--bootstrap-server {}", self.brokers.as_deref().unwrap_or_default());
+        let replicas = self.topics.replicas.unwrap_or(3);
+        let mut commands = vec![format!(
+            "kafka-topics {at} --create --topic {} --partitions {} --replication-factor {replicas} --config min.insync.replicas={}",
+            self.topic,
+            self.topics.partitions,
+            if replicas >= 3 { 2 } else { 1 }
+        )];
+        if let Some(sasl) = &self.sasl {
+            let who = format!("--allow-principal User:{}", sasl.username);
+            commands.push(format!(
+                "kafka-acls {at} --add {who} --operation Read --operation Write --operation Describe --topic {}",
+                self.topic
+            ));
+            for branch in branches {
+                commands.push(format!(
+                    "kafka-acls {at} --add {who} --operation Read --group {}",
+                    self.group(namespace, branch)
+                ));
+            }
+            commands.push(format!("kafka-acls {at} --add {who} --operation IdempotentWrite --cluster"));
+        }
+        commands
+    }
+}
+
+/// What cannot work in a `kafka:`.
+pub fn check(spec: &KafkaSourceSpec) -> Vec<SpecFault> {
+    let mut faults: Vec<SpecFault> = spec
+        .cluster()
+        .faults()
+        .into_iter()
+        .map(|(pointer, message, help)| SpecFault::new(pointer, message, help))
+        .collect();
+    for (pointer, name) in [("/topic", Some(&spec.topic)), ("/dead_letters", spec.dead_letters.as_ref())] {
+        let Some(name) = name else { continue };
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if name.is_empty() || name.len() > 249 || !name.chars().all(legal) || name == "." || name == ".." {
+            let message = if name.is_empty() {
+                "there is no topic".to_owned()
+            } else {
+                format!("'{name}' is no name for a topic")
+            };
+            faults.push(SpecFault::new(pointer, message, "1 to 249 of a-z, A-Z, 0-9, '.', '_' and '-'"));
+        }
+    }
+    if spec.topics.partitions == 0 {
+        faults.push(SpecFault::new("/topics/partitions", "a topic has at least one partition", "4, for example"));
+    }
+    faults
+}
+
+/// Opens a namespace on a topic. Touches no network: the topic is looked for, and made, in the background.
+///
+/// # Errors
+/// When the client cannot be made of these settings (a file of `tls` that cannot be read, for example).
+pub fn open(spec: &KafkaSourceSpec, context: &Context) -> Result<Arc<dyn Broker>, LogError> {
+    let cluster = spec.cluster();
+    let failed = |error: KafkaError| storage(format!("make a client for Kafka at {}", cluster.shown()), &error);
+    let producer = Producer::of(&cluster).map_err(failed)?;
+    let kafka = Arc::new_cyclic(|this: &Weak<Kafka>| Kafka {
+        this: this.clone(),
+        cluster: cluster.clone(),
+        producer,
+        context: context.clone(),
+        branches: Mutex::default(),
+        ends: Mutex::default(),
+        activity: AtomicU64::new(0),
+        topic: tokio::sync::watch::Sender::new(TopicState::Unknown(None)),
+        closed: CancellationToken::new(),
+        entering: tokio::sync::Mutex::default(),
+        spec: spec.clone(),
+    });
+    tokio::spawn(watch(Arc::downgrade(&kafka), kafka.closed.clone()));
+    Ok(kafka)
+}
+
+#[derive(Clone, Debug)]
+enum TopicState {
+    /// Not found yet; why, if that is known.
+    Unknown(Option<Arc<str>>),
+    Ready(Arc<TopicFacts>),
+}
+
+struct Kafka {
+    this: Weak<Self>,
+    spec: KafkaSourceSpec,
+    cluster: Cluster,
+    producer: Arc<Producer>,
+    context: Context,
+    branches: Mutex<BTreeMap<BranchName, Arc<Member>>>,
+    /// The newest position of each partition, as it was at the last look.
+    ends: Mutex<Reach>,
+    /// Counts what moves, so that nobody looks at a topic where nothing does.
+    activity: AtomicU64,
+    topic: tokio::sync::watch::Sender<TopicState>,
+    closed: CancellationToken,
+    /// Records of one call get their places before those of the next.
+    entering: tokio::sync::Mutex<()>,
+}
+
+/// Runs a call that blocks.
+async fn blocking<T: Send + 'static>(
+    act: impl FnOnce() -> String,
+    call: impl FnOnce() -> Result<T, KafkaError> + Send + 'static,
+) -> Result<T, LogError> {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(result) => result.map_err(|error| storage(act(), &error)),
+        Err(error) => Err(LogError::Storage { act: act().into(), cause: error.to_string().into() }),
+    }
+}
+
+/// Finds or makes the topic, then looks where it ends, as long as the namespace is open.
+async fn watch(kafka: Weak<Kafka>, closed: CancellationToken) {
+    let (mut wait, mut seen) = (LOOK.0, 0);
+    loop {
+        let Some(strong) = kafka.upgrade() else { return };
+        let ready = matches!(*strong.topic.borrow(), TopicState::Ready(_));
+        if ready {
+            let now = strong.activity.load(Ordering::Relaxed);
+            wait = if now == std::mem::replace(&mut seen, now) { (wait * 2).min(LOOK.1) } else { LOOK.0 };
+            if let Err(error) = strong.look().await {
+                tracing::debug!(topic = %strong.spec.topic, %error, "where the topic ends could not be asked");
+            }
+        } else if let Err(error) = strong.prepare().await {
+            let known = matches!(&*strong.topic.borrow(), TopicState::Unknown(Some(known)) if **known == *error);
+            if !known {
+                tracing::warn!(ns = %strong.context.namespace, topic = %strong.spec.topic, error, "the topic cannot be used, trying again");
+            }
+            strong.topic.send_replace(TopicState::Unknown(Some(error.into())));
+            wait = LOOK.0;
+        } else {
+            continue;
+        }
+        drop(strong);
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = closed.cancelled() => return,
+        }
+    }
+}
+
+impl Kafka {
+    /// Finds the topic, or makes it, and looks at its settings.
+    async fn prepare(&self) -> Result<(), String> {
+        let topic = self.spec.topic.clone();
+        let facts = match self.find(topic.clone()).await? {
+            Some(facts) => facts,
+            None if self.spec.topics.create => {
+                self.create(&topic).await?;
+                self.find(topic.clone()).await?.ok_or_else(|| format!("topic {topic} was made and is not there yet"))?
+            }
+            None => {
+                let branches: Vec<String> = self.branches.lock().keys().map(ToString::to_string).collect();
+                let names: Vec<&str> = branches.iter().map(String::as_str).collect();
+                let commands = self.spec.commands(self.context.namespace.as_str(), &names).join("\n");
+                return Err(format!(
+                    "topic {topic} does not exist and topics.create is false; somebody with the rights runs:\n{commands}"
+                ));
+            }
+        };
+        let facts = TopicFacts { settings: topic::settings(&self.cluster, &topic).await, ..facts };
+        let weak = facts.weaknesses();
+        if !weak.is_empty() {
+            let weak = weak.join("; ");
+            if self.context.strict {
+                return Err(format!("topic {topic} is weak, and --strict refuses that: {weak}"));
+            }
+            tracing::warn!(ns = %self.context.namespace, topic, weak, "what is confirmed may be lost");
+        }
+        tracing::info!(ns = %self.context.namespace, topic, note = facts.note(), "the topic is there");
+        self.topic.send_replace(TopicState::Ready(Arc::new(facts)));
+        Ok(())
+    }
+
+    async fn find(&self, topic: String) -> Result<Option<TopicFacts>, String> {
+        let cluster = self.cluster.clone();
+        let found = tokio::task::spawn_blocking(move || topic::look(&*topic::observer(&cluster)?, &topic)).await;
+        found.map_err(|error| error.to_string())?.map_err(|error| explain(&error))
+    }
+
+    async fn create(&self, topic: &str) -> Result<(), String> {
+        let cluster = self.cluster.clone();
+        let brokers = tokio::task::spawn_blocking(move || topic::brokers(&*topic::observer(&cluster)?)).await;
+        let brokers = brokers.map_err(|error| error.to_string())?.map_err(|error| explain(&error))?;
+        let possible = u16::try_from(brokers).unwrap_or(3).clamp(1, 3);
+        let replicas = self.spec.topics.replicas.unwrap_or(possible);
+        let in_sync: &[_] = if replicas >= 3 { &[("min.insync.replicas", "2")] } else { &[] };
+        let partitions = i32::from(self.spec.topics.partitions);
+        topic::create(&self.cluster, topic, partitions, i32::from(replicas), in_sync)
+            .await
+            .map_err(|error| format!("topic {topic} could not be made: {}", explain(&error)))
+    }
+
+    /// Waits until the topic is there, with a bound.
+    async fn ready(&self) -> Result<Arc<TopicFacts>, LogError> {
+        let mut state = self.topic.subscribe();
+        let found = tokio::time::timeout(READY, async {
+            loop {
+                if let TopicState::Ready(facts) = &*state.borrow_and_update() {
+                    return Some(Arc::clone(facts));
+                }
+                state.changed().await.ok()?;
+            }
+        });
+        if let Ok(Some(facts)) = found.await {
+            return Ok(facts);
+        }
+        let cause = match &*self.topic.borrow() {
+            TopicState::Unknown(Some(why)) => Arc::clone(why),
+            _ => "no broker has answered yet".into(),
+        };
+        Err(LogError::Storage {
+            act: format!("use Kafka topic {} at {}", self.spec.topic, self.cluster.shown()).into(),
+            cause,
+        })
+    }
+
+    async fn ends(&self) -> Result<Vec<(i32, i64)>, LogError> {
+        let facts = self.ready().await?;
+        let (cluster, topic) = (self.cluster.clone(), self.spec.topic.clone());
+        let act = || format!("ask where topic {} ends", self.spec.topic);
+        blocking(act, move || topic::ends(&*topic::observer(&cluster)?, &topic, &facts.partitions)).await
+    }
+
+    async fn look(&self) -> Result<(), LogError> {
+        let producer = Arc::clone(&self.producer);
+        let _ = tokio::task::spawn_blocking(move || producer.look()).await;
+        let ends = self.ends().await?;
+        let end = |(partition, end): (i32, i64)| {
+            Position::in_part(u16::try_from(partition).unwrap_or(u16::MAX), u64::try_from(end).unwrap_or(0))
+        };
+        let ends: Reach = ends.into_iter().map(end).collect();
+        let mut known = self.ends.lock();
+        if *known != ends {
+            *known = ends;
+            self.activity.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn member(&self, branch: &BranchName, begin: &Begin) -> Result<Arc<Member>, LogError> {
+        let mut branches = self.branches.lock();
+        if let Some(member) = branches.get(branch) {
+            return Ok(Arc::clone(member));
+        }
+        let group = self.spec.group(self.context.namespace.as_str(), branch.as_str());
+        let joined = Member::join(self.cluster.config(), &self.spec.topic, &group, self.context.number, begin.clone())?;
+        let member = Arc::new(joined);
+        branches.insert(branch.clone(), Arc::clone(&member));
+        Ok(member)
+    }
+
+    async fn leave(&self, branch: &BranchName) {
+        let member = self.branches.lock().remove(branch);
+        if let Some(member) = member {
+            // It blocks with a bound; a panic in it has left the group too.
+            let _ = tokio::task::spawn_blocking(move || member.leave()).await;
+        }
+    }
+}
+
+impl Broker for Kafka {
+    fn caps(&self) -> BrokerCaps {
+        BrokerCaps { ordered: true, durable: true, each_end: false, delay: None, largest_record: None }
+    }
+
+    fn durable_note(&self) -> String {
+        let facts = match &*self.topic.borrow() {
+            TopicState::Ready(facts) => facts.note(),
+            TopicState::Unknown(_) => "not reached yet".to_owned(),
+        };
+        let topic = &self.spec.topic;
+        format!("kafka: acknowledged by every replica in sync (acks=all), not synced to disk; topic {topic}: {facts}")
+    }
+
+    fn trouble(&self) -> Option<String> {
+        if let TopicState::Unknown(Some(why)) = &*self.topic.borrow() {
+            return Some(format!("kafka topic {}: {why}", self.spec.topic));
+        }
+        self.producer.trouble().map(|why| format!("kafka at {}: {why}", self.cluster.shown()))
+    }
+
+    fn append(&self, records: Vec<Arc<Record>>) -> BoxFuture<'static, Result<Handed, AdmitError>> {
+        let Some(kafka) = self.this.upgrade() else { return ready(Err(closed())).boxed() };
+        async move {
+            let unavailable = |error: LogError| AdmitError::Unavailable { reason: error.to_string().into() };
+            if !matches!(*kafka.topic.borrow(), TopicState::Ready(_)) {
+                kafka.ready().await.map_err(unavailable)?;
+            }
+            if kafka.closed.is_cancelled() {
+                return Err(closed());
+            }
+            kafka.activity.fetch_add(1, Ordering::Relaxed);
+            let _turn = kafka.entering.lock().await;
+            kafka.producer.append(&kafka.spec.topic, records).await
+        }
+        .boxed()
+    }
+
+    fn open(&self, branch: &BranchName, begin: Begin) -> BoxFuture<'static, Result<Opened, LogError>> {
+        let Some(kafka) = self.this.upgrade() else {
+            return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
+        };
+        let branch = branch.clone();
+        async move {
+            kafka.ready().await?;
+            let member = kafka.member(&branch, &begin)?;
+            drop(kafka);
+            member.open(begin).await
+        }
+        .boxed()
+    }
+
+    fn progress(&self, branch: &BranchName, frontier: &Reach, _: &[Position]) {
+        self.activity.fetch_add(1, Ordering::Relaxed);
+        if let Some(member) = self.branches.lock().get(branch) {
+            member.progress(frontier);
+        }
+    }
+
+    fn forget(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {
+        let Some(kafka) = self.this.upgrade() else {
+            return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
+        };
+        let branch = branch.clone();
+        async move {
+            kafka.leave(&branch).await;
+            let group = kafka.spec.group(kafka.context.namespace.as_str(), branch.as_str());
+            topic::delete_group(&kafka.cluster, &group)
+                .await
+                .map_err(|error| storage(format!("delete consumer group {group}"), &error))
+        }
+        .boxed()
+    }
+
+    fn rename(&self, from: &BranchName, to: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {
+        let Some(kafka) = self.this.upgrade() else {
+            return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
+        };
+        let (from, to) = (from.clone(), to.clone());
+        async move {
+            kafka.leave(&from).await;
+            let facts = kafka.ready().await?;
+            let name = |branch: &BranchName| kafka.spec.group(kafka.context.namespace.as_str(), branch.as_str());
+            let (old, new) = (name(&from), name(&to));
+            let (cluster, topic) = (kafka.cluster.clone(), kafka.spec.topic.clone());
+            let act = || format!("carry the offsets of group {old} over to {new}");
+            let (one, other) = (old.clone(), new.clone());
+            blocking(act, move || topic::copy_offsets(&cluster, &topic, &facts.partitions, &one, &other)).await?;
+            topic::delete_group(&kafka.cluster, &old)
+                .await
+                .map_err(|error| storage(format!("delete consumer group {old}"), &error))
+        }
+        .boxed()
+    }
+
+    fn lag(&self, branch: &BranchName) -> Lag {
+        let member = self.branches.lock().get(branch).cloned();
+        let Some(member) = member else { return Lag::default() };
+        let (cursor, oldest): (Reach, Option<Timestamp>) = member.standing();
+        let ends = self.ends.lock();
+        let behind = |from: Position| ends.of(from.part()).0.saturating_sub(from.0);
+        Lag { records: cursor.iter().map(behind).sum(), bytes: 0, oldest, cursor }
+    }
+
+    fn end(&self) -> Reach {
+        self.ends.lock().clone()
+    }
+
+    fn place(&self) -> BoxFuture<'static, Result<Arc<str>, LogError>> {
+        let Some(kafka) = self.this.upgrade() else {
+            return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
+        };
+        async move { Ok(topic::place_of(&kafka.ends().await?).into()) }.boxed()
+    }
+
+    fn find_after(
+        &self,
+        place: &str,
+        ids: Vec<RecordId>,
+    ) -> BoxFuture<'static, Result<HashMap<RecordId, Position>, LogError>> {
+        let (cluster, topic, place) = (self.cluster.clone(), self.spec.topic.clone(), place.to_owned());
+        let number = self.context.number;
+        let act = format!("search topic {topic} for records that were under way");
+        async move {
+            let ids = ids.into_iter().collect();
+            blocking(|| act, move || topic::find_after(&cluster, &topic, &place, &ids, number)).await
+        }
+        .boxed()
+    }
+
+    fn bury(&self, letters: Vec<DeadLetter>) -> BoxFuture<'static, Result<(), LogError>> {
+        let Some(kafka) = self.this.upgrade() else {
+            return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
+        };
+        async move {
+            let topic = kafka.spec.dead_topic();
+            let failed = |why: String| LogError::Storage {
+                act: format!("write dead letters to topic {topic}").into(),
+                cause: why.into(),
+            };
+            if kafka.find(topic.clone()).await.map_err(failed)?.is_none() {
+                kafka.create(&topic).await.map_err(failed)?;
+            }
+            let records = letters.iter().map(|letter| Arc::new(message::letter(letter))).collect();
+            let handed = kafka.producer.append(&topic, records).await.map_err(|error| failed(error.to_string()))?;
+            match handed.await.into_iter().find_map(Result::err) {
+                None => Ok(()),
+                Some(error) => Err(failed(error.to_string())),
+            }
+        }
+        .boxed()
+    }
+
+    fn close(&self) -> BoxFuture<'static, ()> {
+        self.closed.cancel();
+        let members: Vec<_> = std::mem::take(&mut *self.branches.lock()).into_values().collect();
+        let producer = Arc::clone(&self.producer);
+        async move {
+            let leaving = members.into_iter().map(|member| tokio::task::spawn_blocking(move || member.leave()));
+            futures::future::join_all(leaving).await;
+            let _ = tokio::task::spawn_blocking(move || producer.flush()).await;
+        }
+        .boxed()
+    }
+}
+
+fn closed() -> AdmitError {
+    AdmitError::Closed { reason: "the log is closing".into() }
+}

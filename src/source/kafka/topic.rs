@@ -1,0 +1,270 @@
+//! The topic: is it there, how is it kept, where does it end, and what stands after a place.
+//!
+//! All calls here block; they run on threads for that.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
+
+use super::message;
+use crate::connection::kafka::{Cluster, METADATA_TIMEOUT, Shared};
+use crate::record::{Position, RecordId};
+
+/// What is known of a topic.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct TopicFacts {
+    pub(super) partitions: Vec<i32>,
+    pub(super) replicas: usize,
+    pub(super) settings: BTreeMap<String, String>,
+}
+
+impl TopicFacts {
+    fn setting(&self, name: &str) -> Option<&str> {
+        self.settings.get(name).map(String::as_str)
+    }
+
+    /// What is weak about it: each is a way to lose records.
+    pub(super) fn weaknesses(&self) -> Vec<String> {
+        let mut weak = Vec::new();
+        if self.replicas < 3 {
+            weak.push(format!("it has {} replica(s): 3 survive the loss of a broker", self.replicas));
+        }
+        let in_sync = self.setting("min.insync.replicas").and_then(|text| text.parse::<usize>().ok());
+        if in_sync.is_some_and(|least| least < 2) {
+            weak.push(
+                "min.insync.replicas is 1: a record may be confirmed by one broker alone; set it to 2".to_owned(),
+            );
+        }
+        if self.setting("unclean.leader.election.enable") == Some("true") {
+            weak.push(
+                "unclean.leader.election.enable is true: confirmed records may be lost at an election".to_owned(),
+            );
+        }
+        if self.setting("cleanup.policy").is_some_and(|policy| policy.contains("compact")) {
+            weak.push("cleanup.policy compacts: older records of a key vanish before they are delivered".to_owned());
+        }
+        weak
+    }
+
+    pub(super) fn note(&self) -> String {
+        let in_sync = self.setting("min.insync.replicas").unwrap_or("?");
+        format!("{} partition(s), {} replica(s), min.insync.replicas {in_sync}", self.partitions.len(), self.replicas)
+    }
+}
+
+static OBSERVERS: Shared<Cluster, BaseConsumer> = Shared::new();
+
+/// A client of the cluster that reads what it is asked for and is in no group.
+pub(super) fn observer(cluster: &Cluster) -> Result<Arc<BaseConsumer>, KafkaError> {
+    OBSERVERS.get(cluster.clone(), || reader(cluster).create())
+}
+
+fn reader(cluster: &Cluster) -> ClientConfig {
+    let mut config = cluster.config();
+    config.set("group.id", "walflow-observer").set("enable.auto.commit", "false");
+    config.set("auto.offset.reset", "error").set("queued.max.messages.kbytes", "2048");
+    config.set("isolation.level", "read_committed");
+    config
+}
+
+/// The topic's partitions and replicas; `None` = there is no such topic.
+pub(super) fn look(client: &BaseConsumer, topic: &str) -> Result<Option<TopicFacts>, KafkaError> {
+    let metadata = client.fetch_metadata(Some(topic), METADATA_TIMEOUT)?;
+    let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else { return Ok(None) };
+    match found.error().map(RDKafkaErrorCode::from) {
+        Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => return Ok(None),
+        Some(error) => return Err(KafkaError::MetadataFetch(error)),
+        None => {}
+    }
+    if found.partitions().is_empty() {
+        return Ok(None);
+    }
+    let replicas = found.partitions().iter().map(|partition| partition.replicas().len()).min().unwrap_or(0);
+    let mut partitions: Vec<i32> = found.partitions().iter().map(rdkafka::metadata::MetadataPartition::id).collect();
+    partitions.sort_unstable();
+    Ok(Some(TopicFacts { partitions, replicas, settings: BTreeMap::new() }))
+}
+
+fn admin(cluster: &Cluster) -> Result<AdminClient<DefaultClientContext>, KafkaError> {
+    cluster.config().create()
+}
+
+/// The topic's own settings; empty where we may not ask.
+pub(super) async fn settings(cluster: &Cluster, topic: &str) -> BTreeMap<String, String> {
+    let ask = async {
+        let admin = admin(cluster)?;
+        let options = AdminOptions::new().request_timeout(Some(METADATA_TIMEOUT));
+        admin.describe_configs(&[ResourceSpecifier::Topic(topic)], &options).await
+    };
+    let answers = match ask.await {
+        Ok(answers) => answers,
+        Err(error) => {
+            tracing::debug!(topic, %error, "the topic's settings could not be read");
+            return BTreeMap::new();
+        }
+    };
+    let entries = answers.into_iter().flatten().flat_map(|resource| resource.entries);
+    entries.filter_map(|entry| Some((entry.name, entry.value?))).collect()
+}
+
+/// Makes the topic; one that is there already is fine.
+pub(super) async fn create(
+    cluster: &Cluster,
+    topic: &str,
+    partitions: i32,
+    replicas: i32,
+    settings: &[(&str, &str)],
+) -> Result<(), KafkaError> {
+    let admin = admin(cluster)?;
+    let mut wanted = NewTopic::new(topic, partitions, TopicReplication::Fixed(replicas));
+    for (name, value) in settings {
+        wanted = wanted.set(name, value);
+    }
+    let options = AdminOptions::new().request_timeout(Some(METADATA_TIMEOUT));
+    for made in admin.create_topics(&[wanted], &options).await? {
+        match made {
+            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Err((_, error)) => return Err(KafkaError::AdminOp(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Removes a consumer group; one that is not there is fine.
+pub(super) async fn delete_group(cluster: &Cluster, group: &str) -> Result<(), KafkaError> {
+    let admin = admin(cluster)?;
+    let options = AdminOptions::new().request_timeout(Some(METADATA_TIMEOUT));
+    for gone in admin.delete_groups(&[group], &options).await? {
+        match gone {
+            Ok(_) | Err((_, RDKafkaErrorCode::GroupIdNotFound)) => {}
+            Err((_, error)) => return Err(KafkaError::AdminOp(error)),
+        }
+    }
+    Ok(())
+}
+
+/// How many brokers the cluster has.
+pub(super) fn brokers(client: &BaseConsumer) -> Result<usize, KafkaError> {
+    Ok(client.fetch_metadata(None, METADATA_TIMEOUT)?.brokers().len())
+}
+
+/// The offset after the last record of each partition, in one request for each leader.
+pub(super) fn ends(client: &BaseConsumer, topic: &str, partitions: &[i32]) -> Result<Vec<(i32, i64)>, KafkaError> {
+    let mut wanted = TopicPartitionList::new();
+    for partition in partitions {
+        wanted.add_partition_offset(topic, *partition, Offset::End)?;
+    }
+    let found = client.offsets_for_times(wanted, METADATA_TIMEOUT)?;
+    let mut ends = Vec::with_capacity(partitions.len());
+    for part in found.elements() {
+        part.error()?;
+        let end = match part.offset() {
+            Offset::Offset(end) => end,
+            _ => client.fetch_watermarks(topic, part.partition(), METADATA_TIMEOUT)?.1,
+        };
+        ends.push((part.partition(), end));
+    }
+    Ok(ends)
+}
+
+/// A place as text: `partition:offset`, with commas.
+pub(super) fn place_of(ends: &[(i32, i64)]) -> String {
+    ends.iter().map(|(partition, end)| format!("{partition}:{end}")).collect::<Vec<_>>().join(",")
+}
+
+/// The offsets of a place.
+pub(super) fn offsets_of(place: &str) -> BTreeMap<i32, i64> {
+    let pair = |text: &str| {
+        let (partition, offset) = text.split_once(':')?;
+        Some((partition.parse().ok()?, offset.parse().ok()?))
+    };
+    place.split(',').filter_map(pair).collect()
+}
+
+/// Which of the records stand at or after the place, up to the end as it is now.
+pub(super) fn find_after(
+    cluster: &Cluster,
+    topic: &str,
+    place: &str,
+    ids: &HashSet<RecordId>,
+    number: u32,
+) -> Result<HashMap<RecordId, Position>, KafkaError> {
+    let client: BaseConsumer = reader(cluster).create()?;
+    let from = offsets_of(place);
+    let partitions = look(&client, topic)?.map(|facts| facts.partitions).unwrap_or_default();
+    let mut left: BTreeMap<i32, i64> = BTreeMap::new();
+    let mut wanted = TopicPartitionList::new();
+    for (partition, end) in ends(&client, topic, &partitions)? {
+        let low = client.fetch_watermarks(topic, partition, METADATA_TIMEOUT)?.0;
+        let start = from.get(&partition).copied().unwrap_or(low).max(low);
+        if start < end {
+            wanted.add_partition_offset(topic, partition, Offset::Offset(start))?;
+            left.insert(partition, end);
+        }
+    }
+    let mut found = HashMap::new();
+    client.assign(&wanted)?;
+    let mut heard = Instant::now();
+    while !left.is_empty() && found.len() < ids.len() {
+        match client.poll(Duration::from_millis(200)) {
+            Some(Ok(message)) => {
+                heard = Instant::now();
+                let position = message::position(message.partition(), message.offset());
+                let id = message::record(&message, number).id;
+                if ids.contains(&id) {
+                    found.insert(id, position);
+                }
+                if left.get(&message.partition()).is_some_and(|end| message.offset() + 1 >= *end) {
+                    left.remove(&message.partition());
+                }
+            }
+            Some(Err(error)) => return Err(error),
+            None => {
+                // Markers of transactions take offsets that no record has: the position tells that the end is reached.
+                for part in client.position()?.elements() {
+                    if let (Offset::Offset(at), Some(end)) = (part.offset(), left.get(&part.partition()).copied())
+                        && at >= end
+                    {
+                        left.remove(&part.partition());
+                    }
+                }
+                if heard.elapsed() > METADATA_TIMEOUT {
+                    return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut));
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Gives a group the committed offsets of another one.
+pub(super) fn copy_offsets(
+    cluster: &Cluster,
+    topic: &str,
+    partitions: &[i32],
+    from: &str,
+    to: &str,
+) -> Result<(), KafkaError> {
+    let member = |group: &str| -> Result<BaseConsumer, KafkaError> { reader(cluster).set("group.id", group).create() };
+    let mut wanted = TopicPartitionList::new();
+    for partition in partitions {
+        wanted.add_partition(topic, *partition);
+    }
+    let committed = member(from)?.committed_offsets(wanted, METADATA_TIMEOUT)?;
+    let mut known = TopicPartitionList::new();
+    for part in committed.elements() {
+        if let Offset::Offset(_) = part.offset() {
+            known.add_partition_offset(topic, part.partition(), part.offset())?;
+        }
+    }
+    if known.count() == 0 {
+        return Ok(());
+    }
+    member(to)?.commit(&known, rdkafka::consumer::CommitMode::Sync)
+}
