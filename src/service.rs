@@ -159,7 +159,7 @@ pub async fn run(settings: Settings) -> Result<(), ServiceError> {
         return nothing(reading.problems);
     }
     let clock = Clock::system();
-    let logs = Logs::open(&settings.data, clock.clone()).await?;
+    let logs = Logs::open(&settings.data, clock.clone(), settings.strict).await?;
     if no_files && logs.names().is_empty() {
         logs.close().await;
         return nothing(reading.problems);

@@ -11,16 +11,17 @@ use sha2::{Digest as _, Sha256};
 
 use super::branches::Branches;
 use super::epoch;
-use super::plan::{Plan, Routing, SourceKind, SourcePlan};
+use super::plan::{Plan, Routing, ShelfKind, SourceKind, SourcePlan};
 use crate::delay::{DEFAULT_MAX, Delay, DelayRule};
-use crate::source::BranchName;
+use crate::source::foreign::open::SpecFault;
+use crate::source::{BranchName, kafka};
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
 use crate::spec::expand::child;
 use crate::spec::sink::ArmSpec;
 use crate::spec::text::Text;
-use crate::spec::{DelayFor, Loaded, PipelineSpec, StageSpec};
+use crate::spec::{DelayFor, Loaded, PipelineSpec, ShelfSpec, SourceSpec, StageSpec};
 use crate::transform::{
     CompileError, Compiler, Expression, PayloadSchema, Place, Predicate, StageKind, StageSource, Transform,
 };
@@ -139,15 +140,45 @@ pub(super) struct Maker<'a> {
 impl Maker<'_> {
     fn source(&mut self, spec: &PipelineSpec) -> SourcePlan {
         let source = &spec.source;
-        let kind = if source.memory.is_some() { SourceKind::Memory } else { SourceKind::Embedded };
+        let kind = match source {
+            SourceSpec { kafka: Some(kafka), .. } => {
+                self.source_faults("/source/kafka", kafka::check(kafka));
+                SourceKind::Kafka(Box::new(kafka.clone()))
+            }
+            SourceSpec { memory: Some(_), .. } => SourceKind::Memory,
+            _ => SourceKind::Embedded,
+        };
+        let shelf = self.shelf(&kind, source.shelf.as_ref());
         SourcePlan {
             kind,
+            shelf,
             retention: source.embedded.clone().unwrap_or_default().retention,
             backlog: source.backlog.clone(),
             idempotency: source.idempotency.clone(),
             limits: source.limits.clone(),
             key: source.key.as_deref().map(Into::into),
             schema: source.schema.as_deref().and_then(|path| self.schema(path)),
+        }
+    }
+
+    fn shelf(&mut self, kind: &SourceKind, shelf: Option<&ShelfSpec>) -> ShelfKind {
+        let own = shelf.is_some_and(|shelf| shelf.embedded.is_some());
+        if own && kind.is_foreign() {
+            let message = "the embedded shelf is that of the embedded log";
+            let found = self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/embedded", true, message.to_owned());
+            self.found
+                .push(found.help("name a database that every instance reaches: `postgres: { url: … }`".to_owned()));
+        }
+        if kind.is_foreign() { ShelfKind::None } else { ShelfKind::Own }
+    }
+
+    fn source_faults(&mut self, here: &str, faults: Vec<SpecFault>) {
+        for fault in faults {
+            let pointer = format!("{here}{}", fault.pointer);
+            if !self.loaded.is_pruned(&pointer) {
+                let found = self.loaded.diagnostic(Code::SourceSetting, &pointer, false, fault.message);
+                self.found.push(found.help(fault.help));
+            }
         }
     }
 

@@ -12,6 +12,7 @@ use crate::record::{Namespace, TargetKind};
 use crate::retry::Retry;
 use crate::sink::Kind;
 use crate::source::BranchName;
+use crate::source::kafka::KafkaSourceSpec;
 use crate::spec::sink::{DeadLettersSpec, Ordering, Otherwise, StartSpec};
 use crate::spec::{BacklogSpec, IdempotencySpec, IngestLimitsSpec, RetentionSpec, TestSpec};
 use crate::transform::{PayloadSchema, Predicate, Transform};
@@ -54,6 +55,8 @@ pub struct Plan {
 pub struct SourcePlan {
     /// The kind.
     pub kind: SourceKind,
+    /// What keeps records that wait.
+    pub shelf: ShelfKind,
     /// What is kept of finished records.
     pub retention: RetentionSpec,
     /// The bound on unfinished ones.
@@ -69,12 +72,30 @@ pub struct SourcePlan {
 }
 
 /// The kinds of source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum SourceKind {
     /// The log inside walflow.
     Embedded,
     /// A log in memory, lost at exit.
     Memory,
+    /// A Kafka topic.
+    Kafka(Box<KafkaSourceSpec>),
+}
+
+impl SourceKind {
+    /// The log is one that others keep.
+    pub const fn is_foreign(&self) -> bool {
+        !matches!(self, Self::Embedded | Self::Memory)
+    }
+}
+
+/// The kinds of shelf.
+#[derive(Clone, Debug)]
+pub enum ShelfKind {
+    /// The log's own.
+    Own,
+    /// None: nothing can wait.
+    None,
 }
 
 /// How a record finds its sinks.

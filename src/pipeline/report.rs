@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::plan::{BranchPlan, Plan, Routing, SourceKind};
+use super::plan::{BranchPlan, Plan, Routing, ShelfKind, SourceKind};
 use crate::delay::DelayRule;
 use crate::record::TargetKind;
 use crate::retry::{Jitter, Retry};
@@ -175,13 +175,18 @@ pub(super) fn report(loaded: &Loaded, plan: &Plan) -> Report {
 
 fn source(plan: &Plan) -> Vec<Fact> {
     let source = &plan.source;
-    let (kind, durable) = match source.kind {
+    let (kind, durable) = match &source.kind {
         SourceKind::Embedded => {
             ("embedded log", "written and synced to this instance's disk (one fdatasync for a group) before the answer")
         }
         SourceKind::Memory => ("log in memory", "nothing: what is written is lost at exit; for tests and benchmarks"),
+        SourceKind::Kafka(_) => (
+            "Kafka topic",
+            "acknowledged by every replica in sync (acks=all) before the answer; brokers do not sync their disks for it",
+        ),
     };
     let mut facts = vec![fact("kind", kind), fact("durable", durable)];
+    facts.extend(foreign(plan));
     let key = source.key.as_ref().map_or_else(
         || "the request's key; without one a record has no order".to_owned(),
         |pointer| format!("the request's key, else {pointer} of the payload; a key's records keep their order"),
@@ -215,6 +220,36 @@ fn source(plan: &Plan) -> Vec<Fact> {
         "retention",
         format!("finished records for {} and up to {}", source.retention.age, source.retention.size),
     ));
+    facts
+}
+
+/// What there is to know of a log that others keep.
+fn foreign(plan: &Plan) -> Vec<Fact> {
+    let source = &plan.source;
+    let mut facts = Vec::new();
+    if let SourceKind::Kafka(kafka) = &source.kind {
+        let branches: Vec<&str> = plan.branches.iter().map(|branch| branch.name.as_str()).collect();
+        facts.push(fact("topic", format!("{} at {}", kafka.topic, kafka.cluster().shown())));
+        let groups = branches.iter().map(|branch| kafka.group(plan.namespace.as_str(), branch));
+        facts.push(fact("groups", groups.collect::<Vec<_>>().join(", ")));
+        if kafka.topics.create {
+            let made = &kafka.topics;
+            let replicas =
+                made.replicas.map_or("as many replicas as brokers, 3 at most".to_owned(), |n| format!("{n} replicas"));
+            facts.push(fact("made", format!("if it is not there: {} partitions, {replicas}", made.partitions)));
+        } else {
+            facts.push(fact("made", "never; somebody with the rights runs:".to_owned()));
+            let commands = kafka.commands(plan.namespace.as_str(), &branches);
+            facts.extend(commands.into_iter().map(|command| fact("", command)));
+        }
+    }
+    if source.kind.is_foreign() && matches!(source.shelf, ShelfKind::None) {
+        facts.push(fact(
+            "shelf",
+            "none: a write with a delay is a 501, a failing key holds what is behind it, dead letters go to the broker",
+        ));
+        facts.push(fact("same key twice", "may be appended twice; the key goes on to the sink"));
+    }
     facts
 }
 

@@ -1,4 +1,4 @@
-//! The logs under the namespaces: one embedded log for all, a log in memory for each that asks for one.
+//! The logs under the namespaces: one embedded log for all, a log of its own for each that asks for one.
 //!
 //! Takes the data folder, gives each namespace its pair of [`Log`] and [`Shelf`]. The embedded log is the lock on the
 //! folder: whoever comes second is told who holds it.
@@ -11,9 +11,13 @@ use parking_lot::Mutex;
 
 use super::ServiceError;
 use crate::clock::Clock;
-use crate::pipeline::plan::{Plan, SourceKind};
+use crate::pipeline::plan::{Plan, ShelfKind, SourceKind};
 use crate::record::Namespace;
 use crate::source::embedded::{Counters, Embedded, NamespaceSettings, OpenError, Options};
+use crate::source::foreign::open::Context;
+use crate::source::foreign::store::Store;
+use crate::source::foreign::{First, Foreign, Settings};
+use crate::source::kafka::{self, KafkaStart};
 use crate::source::memory::Memory;
 use crate::source::{Log, LogError, Shelf};
 use crate::spec::OnFull;
@@ -22,7 +26,15 @@ use crate::spec::OnFull;
 pub(super) struct Logs {
     embedded: Arc<Embedded>,
     memory: Mutex<BTreeMap<Namespace, Arc<Memory>>>,
+    foreign: Mutex<BTreeMap<Namespace, OnBroker>>,
     clock: Clock,
+    strict: bool,
+}
+
+/// A pair that others keep, and the settings that it was opened with.
+struct OnBroker {
+    pair: Foreign,
+    settings: String,
 }
 
 /// One namespace's pair.
@@ -45,14 +57,24 @@ fn settings(plan: &Plan) -> NamespaceSettings {
     }
 }
 
+/// The number of a namespace that no data folder counts: the same on every instance that shares it. The upper half, so that it
+/// is none of the embedded log's.
+fn shared_number(name: &Namespace) -> u32 {
+    let mut hash: u32 = 0x811c_9dc5;
+    for byte in name.as_str().bytes() {
+        hash = (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193);
+    }
+    0x0080_0000 | (hash & 0x007F_FFFF)
+}
+
 impl Logs {
     /// Opens the folder and repairs what the last stop left behind.
-    pub(super) async fn open(data: &Path, clock: Clock) -> Result<Self, ServiceError> {
+    pub(super) async fn open(data: &Path, clock: Clock, strict: bool) -> Result<Self, ServiceError> {
         let options = Options::new(data.to_owned(), clock.clone());
         let failed = |reason: String| ServiceError::Log { data: data.to_owned(), reason };
         let opened = tokio::task::spawn_blocking(move || Embedded::open(options)).await;
         match opened.map_err(|panic| failed(panic.to_string()))? {
-            Ok(embedded) => Ok(Self { embedded, memory: Mutex::default(), clock }),
+            Ok(embedded) => Ok(Self { embedded, memory: Mutex::default(), foreign: Mutex::default(), clock, strict }),
             Err(error @ OpenError::Held { .. }) => Err(ServiceError::Held { reason: error.to_string() }),
             Err(error) => Err(failed(error.to_string())),
         }
@@ -62,17 +84,27 @@ impl Logs {
     pub(super) fn names(&self) -> Vec<Namespace> {
         let mut names = self.embedded.namespace_names();
         names.extend(self.memory.lock().keys().cloned());
+        names.extend(self.foreign.lock().keys().cloned());
         names
     }
 
     /// The pair of a namespace; `plan` gives its bounds, and without one it keeps those that it has.
-    pub(super) fn namespace(&self, name: &Namespace, plan: Option<&Plan>) -> Result<Opened, LogError> {
-        if let Some(plan) = plan.filter(|plan| plan.source.kind == SourceKind::Memory) {
-            let mut memory = self.memory.lock();
-            let number = u32::try_from(memory.len() + 1).unwrap_or(u32::MAX);
-            let pair = memory.entry(name.clone()).or_insert_with(|| Memory::new(number, self.clock.clone()));
-            pair.remember_keys_for(plan.source.idempotency.window.0);
-            return Ok(Opened { log: Arc::clone(pair) as Arc<dyn Log>, shelf: Arc::clone(pair) as Arc<dyn Shelf> });
+    pub(super) async fn namespace(&self, name: &Namespace, plan: Option<&Plan>) -> Result<Opened, LogError> {
+        match plan.map(|plan| (plan, &plan.source.kind)) {
+            Some((plan, SourceKind::Memory)) => {
+                let mut memory = self.memory.lock();
+                let number = u32::try_from(memory.len() + 1).unwrap_or(u32::MAX);
+                let pair = memory.entry(name.clone()).or_insert_with(|| Memory::new(number, self.clock.clone()));
+                pair.remember_keys_for(plan.source.idempotency.window.0);
+                return Ok(Opened { log: Arc::clone(pair) as Arc<dyn Log>, shelf: Arc::clone(pair) as Arc<dyn Shelf> });
+            }
+            Some((plan, kind)) if kind.is_foreign() => return self.on_broker(name, plan).await,
+            _ => {}
+        }
+        if plan.is_none()
+            && let Some(known) = self.foreign.lock().get(name)
+        {
+            return Ok(both(&known.pair));
         }
         let held = if plan.is_none() { self.embedded.held(name)? } else { None };
         let pair = match held {
@@ -82,9 +114,53 @@ impl Logs {
         Ok(Opened { log: Arc::clone(&pair) as Arc<dyn Log>, shelf: pair })
     }
 
+    async fn on_broker(&self, name: &Namespace, plan: &Plan) -> Result<Opened, LogError> {
+        let source = &plan.source;
+        let settings = format!("{:?} {:?}", source.kind, source.shelf);
+        if let Some(known) = self.foreign.lock().get(name) {
+            if known.settings != settings {
+                return Err(LogError::Unsupported(
+                    "the source and the shelf of a namespace that runs cannot be changed: restart walflow for another address, or \
+                     use `walflow namespace move` for another log",
+                ));
+            }
+            return Ok(both(&known.pair));
+        }
+        let number = shared_number(name);
+        let context = Context {
+            namespace: name.clone(),
+            number,
+            clock: self.clock.clone(),
+            record_bytes: source.limits.record.0,
+            key_window: source.idempotency.window.0,
+            backlog_bytes: source.backlog.size.0,
+            strict: self.strict,
+        };
+        let store: Option<Arc<dyn Store>> = match &source.shelf {
+            ShelfKind::Own | ShelfKind::None => None,
+        };
+        let (broker, first) = match &source.kind {
+            SourceKind::Kafka(spec) => {
+                let first = if spec.start == KafkaStart::Earliest { First::Earliest } else { First::Latest };
+                (kafka::open(spec, &context)?, first)
+            }
+            SourceKind::Embedded | SourceKind::Memory => return Err(LogError::Unsupported("this log has no broker")),
+        };
+        let pair =
+            Foreign::new(broker, store, Settings { key_window: context.key_window, number, first }, self.clock.clone());
+        let opened = both(&pair);
+        self.foreign.lock().insert(name.clone(), OnBroker { pair, settings });
+        Ok(opened)
+    }
+
     /// Deletes a namespace with all that it holds.
     pub(super) async fn delete(&self, name: &Namespace) -> Result<(), LogError> {
         self.memory.lock().remove(name);
+        let foreign = self.foreign.lock().remove(name);
+        if let Some(foreign) = foreign {
+            foreign.pair.delete().await?;
+            foreign.pair.close().await;
+        }
         self.embedded.delete_namespace(name).await.map(|_| ())
     }
 
@@ -96,6 +172,9 @@ impl Logs {
             facts.push("the disk is full: writes are refused, reading and acking go on".to_owned());
         }
         facts.extend(health.damaged.iter().map(|damage| format!("damaged: {damage}")));
+        for (name, foreign) in self.foreign.lock().iter() {
+            facts.extend(foreign.pair.facts().into_iter().map(|fact| format!("{name}: {fact}")));
+        }
         facts
     }
 
@@ -112,6 +191,12 @@ impl Logs {
     /// Makes everything durable and lets the folder go.
     pub(super) async fn close(&self) {
         self.memory.lock().values().for_each(|memory| memory.close());
+        let foreign = std::mem::take(&mut *self.foreign.lock());
+        futures::future::join_all(foreign.values().map(|foreign| foreign.pair.close())).await;
         self.embedded.close().await;
     }
+}
+
+fn both(pair: &Foreign) -> Opened {
+    Opened { log: Arc::new(pair.clone()), shelf: Arc::new(pair.clone()) }
 }

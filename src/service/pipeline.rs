@@ -181,7 +181,7 @@ impl Pipeline {
         // Before anything is written: what comes from here on is this branch's too. The log knows one that ran before; to
         // open it here would keep writes waiting for the log's views after a crash (LOG.md 23).
         if !self.log.branches().contains(&name) {
-            drop(self.log.open_branch(&name, start).await?);
+            self.log.make_branch(&name, start).await?;
         }
         let deps = BranchDeps {
             namespace: self.namespace.clone(),

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -26,6 +26,11 @@ use crate::spec::diagnostic::Diagnostic;
 
 /// How many namespaces are changed at once; together they share syncs of the log.
 const AT_ONCE: usize = 64;
+
+/// How long a reading of the files waits for one namespace.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Waits between two tries to reach what keeps a namespace.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// How often removed branches are looked at.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -60,6 +65,8 @@ pub(super) struct Pipelines {
     applied_at: RwLock<Timestamp>,
     ready: AtomicBool,
     applying: tokio::sync::Mutex<()>,
+    /// By namespace: how many changes there were, and who makes one now.
+    changes: Mutex<BTreeMap<Namespace, (u64, Arc<tokio::sync::Mutex<()>>)>>,
 }
 
 impl Pipelines {
@@ -75,6 +82,7 @@ impl Pipelines {
             applied_at: RwLock::default(),
             ready: AtomicBool::new(false),
             applying: tokio::sync::Mutex::new(()),
+            changes: Mutex::default(),
         }
     }
 
@@ -98,20 +106,54 @@ impl Pipelines {
                 let this = Arc::clone(self);
                 async move {
                     let namespace = name.clone();
-                    let task = tokio::spawn(async move { this.change(name, found).await });
-                    let failed = match task.await {
-                        Ok(Ok(())) => return,
-                        Ok(Err(error)) => error.to_string(),
-                        Err(panic) => format!("it fell over: {panic}"),
-                    };
-                    error!(ns = %namespace, error = failed, "the namespace could not be changed");
-                    if !self.set.read().contains_key(&namespace) {
-                        self.absent.write().insert(namespace, Absent::Failed(failed.into()));
+                    let foreign = found
+                        .as_ref()
+                        .and_then(|found| found.plan.as_ref().ok())
+                        .is_some_and(|plan| plan.source.kind.is_foreign());
+                    // A server that does not answer is waited for beside the others, not before them.
+                    let patience = if foreign { PATIENCE } else { Duration::MAX };
+                    let task = tokio::spawn(this.settle_change(name, found));
+                    if tokio::time::timeout(patience, task).await.is_err() && self.get(&namespace).is_none() {
+                        let waiting = "its log or its shelf has not answered yet; it is tried again and again";
+                        self.absent.write().insert(namespace, Absent::Failed(waiting.into()));
                     }
                 }
             })
             .await;
         *self.applied_at.write() = self.clock.now();
+    }
+
+    /// Changes one namespace; what failed because a server is away is tried again until it is there, or until the files are
+    /// read anew.
+    async fn settle_change(self: Arc<Self>, name: Namespace, found: Option<Found>) {
+        let turn = {
+            let mut changes = self.changes.lock();
+            let entry = changes.entry(name.clone()).or_default();
+            entry.0 += 1;
+            (entry.0, Arc::clone(&entry.1))
+        };
+        let mut wait = RETRY.0;
+        loop {
+            let changing = turn.1.lock().await;
+            if self.changes.lock().get(&name).is_none_or(|entry| entry.0 != turn.0) {
+                return;
+            }
+            let (this, namespace, what) = (Arc::clone(&self), name.clone(), found.clone());
+            let (failed, again) = match tokio::spawn(async move { this.change(namespace, what).await }).await {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => (error.to_string(), matches!(error, LogError::Storage { .. })),
+                Err(panic) => (format!("it fell over: {panic}"), false),
+            };
+            error!(ns = %name, error = failed, again_in = ?again.then_some(wait), "the namespace could not be changed");
+            if !self.set.read().contains_key(&name) {
+                self.absent.write().insert(name.clone(), Absent::Failed(failed.into()));
+            }
+            drop(changing);
+            if !again || self.running.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
+                return;
+            }
+            wait = (wait * 2).min(RETRY.1);
+        }
     }
 
     /// When the files were last read and made so.
@@ -161,13 +203,13 @@ impl Pipelines {
         if plan.is_none() && !self.logs.names().contains(&name) {
             return gone(self);
         }
-        let opened = self.logs.namespace(&name, plan.as_deref())?;
+        let opened = self.logs.namespace(&name, plan.as_deref()).await?;
         let epochs = opened.log.epochs();
         let mut earlier = self.earlier(&name, &epochs);
         let Some(plan) = plan.or_else(|| earlier.last().map(|(_, plan)| Arc::clone(plan))) else { return gone(self) };
         // The bounds are the plan's, also where it is an earlier one.
         let opened =
-            if matches!(config, Config::Current) { opened } else { self.logs.namespace(&name, Some(&plan))? };
+            if matches!(config, Config::Current) { opened } else { self.logs.namespace(&name, Some(&plan)).await? };
         // Who met an epoch without a plan would wait for ever: what cannot be made any more goes by the newest.
         for epoch in &epochs {
             if !earlier.iter().any(|(number, _)| *number == epoch.number) {

@@ -302,6 +302,16 @@ pub trait Log: Send + Sync {
     /// When the log is closed or damaged.
     fn open_branch(&self, branch: &BranchName, start: Start) -> BoxFuture<'static, Result<BranchStart, LogError>>;
 
+    /// Makes a branch known that begins at `start` unless it is: what is appended from here on is its own, whenever it is
+    /// opened.
+    ///
+    /// # Errors
+    /// When the log is closed or cannot be reached.
+    fn make_branch(&self, branch: &BranchName, start: Start) -> BoxFuture<'static, Result<(), LogError>> {
+        let opening = self.open_branch(branch, start);
+        Box::pin(async move { opening.await.map(drop) })
+    }
+
     /// Removes a branch's cursor, rows and dead letters. For branches that the file no longer has.
     ///
     /// # Errors

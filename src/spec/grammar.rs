@@ -11,7 +11,7 @@ use super::PipelineSpec;
 /// The words that say what a sink is.
 pub const SINK_KINDS: &[&str] = &["stdout", "file", "http", "redis"];
 /// The words that say what a source is.
-pub const SOURCE_KINDS: &[&str] = &["embedded", "memory"];
+pub const SOURCE_KINDS: &[&str] = &["embedded", "memory", "kafka"];
 /// The words that say what a stage is.
 pub const STAGE_KINDS: &[&str] = &["filter", "script", "inline"];
 /// Words that are kept for kinds of a later version.

@@ -25,6 +25,7 @@ use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::source::kafka::KafkaSourceSpec;
 use crate::units::{ByteSize, Count, Rate, Span};
 
 /// One namespace's pipeline: source, delay, transform, replicate, sink.
@@ -72,6 +73,8 @@ pub struct SourceSpec {
     pub embedded: Option<EmbeddedSpec>,
     /// A log in memory, lost at exit: for tests and benchmarks.
     pub memory: Option<MemorySpec>,
+    /// A Kafka topic.
+    pub kafka: Option<KafkaSourceSpec>,
     /// What keeps records that wait. Default: the source's own.
     pub shelf: Option<ShelfSpec>,
     /// A bound on unfinished records, by branch.

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::expand::child;
-use super::grammar::STAGE_KINDS;
+use super::grammar::{SOURCE_KINDS, STAGE_KINDS};
 use super::load::Loaded;
 use super::{PipelineSpec, StageSpec};
 use crate::units::ByteSize;
@@ -113,14 +113,11 @@ impl Rules<'_> {
 
     fn source(&mut self) {
         let source = &self.spec.source;
-        if source.embedded.is_some() && source.memory.is_some() {
-            self.error(
-                Code::OneKind,
-                "/source/memory",
-                true,
-                "a source is of one kind; this one is embedded and memory",
-                "keep one of them",
-            );
+        let given = |kind: &&&str| self.written(&child("/source", kind)).is_some_and(|value| !value.is_null());
+        let kinds: Vec<&str> = SOURCE_KINDS.iter().filter(given).copied().collect();
+        if let [_, second, ..] = kinds[..] {
+            let message = format!("a source is of one kind; this one is {}", kinds.join(" and "));
+            self.error(Code::OneKind, &child("/source", second), true, message, "keep one of them");
         }
         for (pointer, value) in [("/source/key", &source.key), ("/source/idempotency/from", &source.idempotency.from)] {
             if let Some(value) = value

@@ -19,6 +19,7 @@ mod harness;
 mod hop;
 mod hostile;
 mod http;
+mod kafka;
 mod outage;
 mod quickstart;
 mod real_data;

@@ -91,6 +91,15 @@ pub trait Broker: Send + Sync {
         None
     }
 
+    /// Makes sure that a branch that is opened later begins where it would begin now. Nothing to do where `begin` says it for
+    /// ever.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached or refuses.
+    fn prepare(&self, _branch: &BranchName, _begin: Begin) -> BoxFuture<'static, Result<(), LogError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Takes hold of a branch's parts; waits until there are some, or until it is known that others have them all.
     ///
     /// # Errors

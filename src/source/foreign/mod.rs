@@ -26,9 +26,9 @@ use self::broker::{Begin, Broker};
 use self::settle::Settler;
 use self::store::{Store, StoredEpoch, StoredRecord};
 use super::{
-    AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Epoch,
-    Fate, Found, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement, Shelf,
-    ShelfCounts, Start, Write,
+    AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Entry,
+    Epoch, Fate, Found, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement,
+    Shelf, ShelfCounts, Start, Subscription, Write,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
@@ -212,7 +212,7 @@ impl Inner {
             unclean_stops: stored.unclean_stops,
             marks: stored.marks.into_iter().filter(|(position, _)| mine(*position)).collect(),
             cursor: opened.cursor,
-            subscription: opened.subscription,
+            subscription: Box::new(Stamped { subscription: opened.subscription, inner: Arc::clone(&self) }),
             moved: opened.moved,
         })
     }
@@ -234,6 +234,28 @@ impl Inner {
             Ok(store) => ask(store),
             Err(refused) => ready(Err(refused)).boxed(),
         }
+    }
+}
+
+/// Records of other programs belong to no revision: they go by the one in force when they are read.
+struct Stamped {
+    subscription: Box<dyn Subscription>,
+    inner: Arc<Inner>,
+}
+
+impl Subscription for Stamped {
+    fn next(&mut self, max_records: usize, max_bytes: usize) -> BoxFuture<'_, Result<Vec<Entry>, LogError>> {
+        async move {
+            let mut entries = self.subscription.next(max_records, max_bytes).await?;
+            if entries.iter().any(|entry| entry.record.epoch == 0) {
+                let epoch = self.inner.epoch();
+                for entry in entries.iter_mut().filter(|entry| entry.record.epoch == 0) {
+                    Arc::make_mut(&mut entry.record).epoch = epoch;
+                }
+            }
+            Ok(entries)
+        }
+        .boxed()
     }
 }
 
@@ -279,6 +301,13 @@ impl Log for Foreign {
 
     fn open_branch(&self, branch: &BranchName, start: Start) -> BoxFuture<'static, Result<BranchStart, LogError>> {
         Arc::clone(&self.inner).open(branch.clone(), start).boxed()
+    }
+
+    fn make_branch(&self, branch: &BranchName, start: Start) -> BoxFuture<'static, Result<(), LogError>> {
+        match self.inner.still_open() {
+            Ok(()) => self.inner.broker.prepare(branch, self.inner.begin(start)),
+            Err(closed) => ready(Err(closed)).boxed(),
+        }
     }
 
     fn forget_branch(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {

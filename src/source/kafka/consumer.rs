@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::message;
-use super::topic::offsets_of;
+use super::topic::first_offset;
 use crate::clock::Timestamp;
 use crate::connection::kafka::{METADATA_TIMEOUT, explain};
 use crate::record::Position;
@@ -181,14 +181,7 @@ impl Shared {
                 _ => {
                     fresh.push(u16::try_from(partition).unwrap_or(u16::MAX));
                     let (low, high) = consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT)?;
-                    match &begin {
-                        Begin::Earliest => low,
-                        Begin::Latest => high,
-                        // A partition that is newer than the place is read from its beginning.
-                        Begin::Place(place) => {
-                            offsets_of(place).get(&partition).map_or(low, |next| (*next).clamp(low, high))
-                        }
-                    }
+                    first_offset(&begin, partition, low, high)
                 }
             };
             let place = u64::try_from(next).unwrap_or(0);

@@ -408,6 +408,20 @@ impl Broker for Kafka {
         .boxed()
     }
 
+    fn prepare(&self, branch: &BranchName, begin: Begin) -> BoxFuture<'static, Result<(), LogError>> {
+        let Some(kafka) = self.this.upgrade() else {
+            return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
+        };
+        let group = self.spec.group(self.context.namespace.as_str(), branch.as_str());
+        async move {
+            let facts = kafka.ready().await?;
+            let (cluster, topic) = (kafka.cluster.clone(), kafka.spec.topic.clone());
+            let act = format!("find out where group {group} is in topic {topic}");
+            blocking(|| act, move || topic::begin(&cluster, &topic, &facts.partitions, &group, &begin)).await
+        }
+        .boxed()
+    }
+
     fn open(&self, branch: &BranchName, begin: Begin) -> BoxFuture<'static, Result<Opened, LogError>> {
         let Some(kafka) = self.this.upgrade() else {
             return ready(Err(LogError::Closed("it was dropped".into()))).boxed();

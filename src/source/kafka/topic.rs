@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 
 use super::message;
 use crate::connection::kafka::{Cluster, METADATA_TIMEOUT, Shared};
 use crate::record::{Position, RecordId};
+use crate::source::foreign::broker::Begin;
 
 /// What is known of a topic.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -243,6 +244,58 @@ pub(super) fn find_after(
     Ok(found)
 }
 
+/// The next offset of a partition for a group that has committed none.
+pub(super) fn first_offset(begin: &Begin, partition: i32, low: i64, high: i64) -> i64 {
+    match begin {
+        Begin::Earliest => low,
+        Begin::Latest => high,
+        // A partition that is newer than the place is read from its beginning.
+        Begin::Place(place) => offsets_of(place).get(&partition).map_or(low, |next| (*next).clamp(low, high)),
+    }
+}
+
+/// Commits where a group begins, for the partitions where it has committed nothing.
+pub(super) fn begin(
+    cluster: &Cluster,
+    topic: &str,
+    partitions: &[i32],
+    group: &str,
+    begin: &Begin,
+) -> Result<(), KafkaError> {
+    let client: BaseConsumer = reader(cluster).set("group.id", group).create()?;
+    let mut wanted = TopicPartitionList::new();
+    for partition in partitions {
+        wanted.add_partition(topic, *partition);
+    }
+    let mut fresh = TopicPartitionList::new();
+    for part in client.committed_offsets(wanted, METADATA_TIMEOUT)?.elements() {
+        if !matches!(part.offset(), Offset::Offset(_)) {
+            let (low, high) = client.fetch_watermarks(topic, part.partition(), METADATA_TIMEOUT)?;
+            let next = first_offset(begin, part.partition(), low, high);
+            fresh.add_partition_offset(topic, part.partition(), Offset::Offset(next))?;
+        }
+    }
+    if fresh.count() == 0 {
+        return Ok(());
+    }
+    match client.commit(&fresh, CommitMode::Sync) {
+        // Somebody is in the group: it commits where it begins by itself.
+        Err(error)
+            if matches!(
+                error.rdkafka_error_code(),
+                Some(
+                    RDKafkaErrorCode::UnknownMemberId
+                        | RDKafkaErrorCode::IllegalGeneration
+                        | RDKafkaErrorCode::RebalanceInProgress
+                )
+            ) =>
+        {
+            Ok(())
+        }
+        done => done,
+    }
+}
+
 /// Gives a group the committed offsets of another one.
 pub(super) fn copy_offsets(
     cluster: &Cluster,
@@ -266,5 +319,5 @@ pub(super) fn copy_offsets(
     if known.count() == 0 {
         return Ok(());
     }
-    member(to)?.commit(&known, rdkafka::consumer::CommitMode::Sync)
+    member(to)?.commit(&known, CommitMode::Sync)
 }
