@@ -40,6 +40,12 @@ async fn the_commands_of_the_readme_do_what_it_says() {
         start.contains("apt-get install") && start.contains("cargo run --release --locked -- run examples/quickstart")
     );
     assert!(root().join(tests.trim()).is_file());
+    // What the build needs has one list for the tests, and the README names the same.
+    let install = fs::read_to_string(root().join("tests/services/install")).unwrap();
+    let needed = install.lines().find_map(|line| line.strip_prefix("packages build")).unwrap();
+    for package in format!("build{needed}").split_whitespace() {
+        assert!(start.split_whitespace().any(|word| word == package), "the README does not install {package}");
+    }
 
     let place = Place::new().arg("examples/quickstart");
     copy(&root().join("examples"), &place.path("examples"));
