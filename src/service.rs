@@ -8,6 +8,7 @@ mod instance;
 mod logs;
 mod pipeline;
 mod pipelines;
+pub mod probe;
 mod signals;
 
 use std::io::ErrorKind;

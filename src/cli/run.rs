@@ -8,6 +8,8 @@ use clap::Args;
 
 use super::{Output, Stop, logging, output};
 use crate::pipeline;
+use crate::pipeline::plan::Plan;
+use crate::service::probe::Probe;
 use crate::service::{self, ServiceError, Settings};
 use crate::spec::environment::Environment;
 use crate::units::Span;
@@ -30,6 +32,9 @@ pub(super) struct RunArgs {
     /// Check the files and print what they mean; opens nothing
     #[arg(long, env = "WALFLOW_DRY_RUN")]
     dry_run: bool,
+    /// With --dry-run: also reach every source, shelf and target, and say what is wrong there; changes nothing
+    #[arg(long, env = "WALFLOW_PROBE", requires = "dry_run")]
+    probe: bool,
     /// How the dry run prints
     #[arg(long, env = "WALFLOW_OUTPUT", value_enum, default_value_t)]
     output: Output,
@@ -79,18 +84,37 @@ fn dry_run(args: &RunArgs) -> Result<(), Stop> {
     let variables =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     let found = pipeline::dry_run(&args.paths, &Environment::new(variables));
+    let probes = if args.probe { probe(&found.plans)? } else { Vec::new() };
     match args.output {
-        Output::Json => output::json(&found.json())?,
+        Output::Json => {
+            let mut all = found.json();
+            if args.probe {
+                all["probes"] = serde_json::to_value(&probes).map_err(std::io::Error::from)?;
+            }
+            output::json(&all)?;
+        }
         Output::Text => {
             output::data(found.plans_text().trim_end())?;
+            for probe in &probes {
+                output::data(&format!("\n{}", probe.text().trim_end()))?;
+            }
             let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
             output::notice(found.problems_text(colour).trim_end());
         }
     }
     match found.exit_code() {
-        0 => Ok(()),
+        0 if probes.iter().all(Probe::is_fine) => Ok(()),
+        0 => Err(Stop::new(Stop::UNAVAILABLE, "")),
         code => Err(Stop::new(code, "")),
     }
+}
+
+fn probe(plans: &[Plan]) -> std::io::Result<Vec<Probe>> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let probes = runtime.block_on(service::probe::probe(plans));
+    // A server that never answers must not hold the exit.
+    runtime.shutdown_background();
+    Ok(probes)
 }
 
 const fn exit_code(error: &ServiceError) -> u8 {

@@ -3,4 +3,5 @@
 //! Knows no record and no pipeline. A connection is made when it is needed and made again when it breaks.
 
 pub mod kafka;
+pub mod probe;
 pub mod tls;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::lines::{FileError, OpenFiles};
 use super::template::{Scope, Template};
 use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, json};
+use crate::connection::probe::Probed;
 
 /// `file:` — each record's payload as one line; synced before it counts as delivered.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -121,7 +122,34 @@ impl FileSink {
     }
 }
 
+/// Whether files can be made where the path is literal.
+fn probe_folder(folder: &Path) -> Probed {
+    let what = format!("folder {}", folder.display());
+    let Some(there) = folder
+        .ancestors()
+        .map(|one| if one.as_os_str().is_empty() { Path::new(".") } else { one })
+        .find(|one| one.exists())
+    else {
+        return Probed::wrong(what, "nothing of this path is there");
+    };
+    if !there.is_dir() {
+        return Probed::wrong(what, format!("{} is no folder: move it away, or name another path", there.display()));
+    }
+    match rustix::fs::access(there, rustix::fs::Access::WRITE_OK) {
+        Ok(()) => Probed::fine(what, "files can be made there"),
+        Err(error) => Probed::wrong(what, format!("{} cannot be written to: {error}", there.display())),
+    }
+}
+
 impl Sink for FileSink {
+    fn probe(&self) -> BoxFuture<'_, Vec<Probed>> {
+        let folder = self.folder.clone().unwrap_or_else(|| {
+            let path = self.context.folder.join(self.path.literal_prefix());
+            path.parent().map(Path::to_owned).unwrap_or_default()
+        });
+        std::future::ready(vec![probe_folder(&folder)]).boxed()
+    }
+
     fn batch_style(&self) -> BatchStyle {
         BatchStyle::StopsAtFirstFailure
     }

@@ -27,6 +27,7 @@ pub use self::settings::delivered_note;
 pub(super) use self::settings::{check, url_varies};
 pub use self::verdict::{Meaning, Row, TABLE, WITHOUT_STATUS, verdict_table};
 use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, Verdict, Written, shown_address};
+use crate::connection::probe::Probed;
 use crate::units::Span;
 
 /// `http:` — one request a record; with `batch:` one a batch, the body a JSON array or NDJSON.
@@ -143,6 +144,8 @@ pub struct HttpSink {
     requests: Requests,
     connector: Connector,
     batched: bool,
+    url: String,
+    url_varies: bool,
 }
 
 impl HttpSink {
@@ -155,6 +158,8 @@ impl HttpSink {
             requests: Requests::open(spec, context)?,
             connector: Connector::open(spec, context.clock.clone())?,
             batched,
+            url: spec.url.clone(),
+            url_varies: settings::url_varies(spec),
         })
     }
 
@@ -256,6 +261,19 @@ impl HttpSink {
 }
 
 impl Sink for HttpSink {
+    fn probe(&self) -> BoxFuture<'_, Vec<Probed>> {
+        async move {
+            // Up to the first reference: the host, if that does not come from the record.
+            let literal = self.url.split('{').next().unwrap_or_default();
+            let host = literal.split_once("://").is_some_and(|(_, rest)| rest.contains('/') || literal == self.url);
+            if self.url_varies && !host {
+                return vec![Probed::fine("target", "its host comes from the record, so there is none to reach")];
+            }
+            vec![self.connector.probe(literal).await]
+        }
+        .boxed()
+    }
+
     /// A batch in one request is taken or refused as a whole; records sent one by one each have their own answer.
     fn batch_style(&self) -> BatchStyle {
         if self.batched { BatchStyle::Atomic } else { BatchStyle::Independent }

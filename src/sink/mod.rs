@@ -20,6 +20,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 use crate::clock::Clock;
+use crate::connection::probe::Probed;
 use crate::record::TargetKind;
 use crate::retry::Retry;
 use crate::transform::Event;
@@ -118,6 +119,11 @@ pub trait Sink: Send + Sync {
     /// # Cancel safety
     /// When it is dropped nobody knows what took effect; the driver sends the same again.
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written>;
+
+    /// Reaches the target and looks whether it can be written to; changes nothing there. Empty = there is nothing to look at.
+    fn probe(&self) -> BoxFuture<'_, Vec<Probed>> {
+        Box::pin(std::future::ready(Vec::new()))
+    }
 }
 
 /// The kinds of sink, each with its settings as they apply to one branch.

@@ -21,6 +21,8 @@ use self::connection::Connection;
 use self::verdict::judge;
 use super::template::Scope;
 use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, shown_address};
+use crate::clock::Timestamp;
+use crate::connection::probe::{Probed, skew};
 use crate::connection::tls;
 use crate::units::Span;
 
@@ -207,6 +209,32 @@ impl Sink for RedisSink {
             }
             failed.sort_unstable_by_key(|(index, _)| *index);
             Written { failed }
+        }
+        .boxed()
+    }
+
+    fn probe(&self) -> BoxFuture<'_, Vec<Probed>> {
+        async move {
+            let shown = self.connection.shown();
+            let mut pipeline = redis::Pipeline::new();
+            pipeline.ignore_errors().cmd("TIME").cmd("ROLE");
+            let answers = match self.connection.run(&pipeline).await {
+                Ok(answers) => answers,
+                Err(failure) => return vec![Probed::wrong(shown, failure.message)],
+            };
+            let mut answers = answers.into_iter();
+            let time = answers.next().and_then(|answer| redis::from_redis_value::<(i64, i64)>(answer.ok()?).ok());
+            let role = answers.next().and_then(|answer| match answer.ok()? {
+                redis::Value::Array(parts) => redis::from_redis_value::<String>(parts.into_iter().next()?).ok(),
+                _ => None,
+            });
+            let clock = time.map_or("it tells no time".to_owned(), |(seconds, micros)| {
+                skew(self.context.clock.now(), Timestamp::from_millis(seconds * 1_000 + micros / 1_000))
+            });
+            if role.as_deref() == Some("slave") {
+                return vec![Probed::wrong(shown, "it is a replica and takes no writes: name its master")];
+            }
+            vec![Probed::fine(shown, format!("it answers; {clock}"))]
         }
         .boxed()
     }

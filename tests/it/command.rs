@@ -199,3 +199,25 @@ async fn a_namespace_that_is_not_there_is_deleted_in_the_words_of_every_other_ve
     assert!(code == 1 && told.contains("in_use") && told.contains("delete it and reload"), "{told}");
     running.accepted("calm", None, json!(1)).await;
 }
+
+#[test]
+fn a_probe_says_for_each_branch_what_cannot_be_reached_and_ends_with_69() {
+    let text = "
+namespace: orders
+sink:
+  fan_out:
+    kept: { file: { path: \"out/{payload.kind}.ndjson\" } }
+    cache: { redis: { url: \"redis://:geheim@127.0.0.1:1/\", cases: [{ key: \"a:{key}\" }] } }
+    hook: { http: { url: \"http://user:geheim@127.0.0.1:1/{payload.id}\" } }
+";
+    let place = Place::new().pipeline("a.yaml", text);
+    let output = place.command(&["run", "--dry-run", "--probe", "pipelines"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(69));
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(told.contains("ok    branch kept: folder out/: files can be made there"), "{told}");
+    assert!(told.contains("FAIL  branch cache: redis 127.0.0.1:1: "), "{told}");
+    assert!(told.contains("FAIL  branch hook: http://127.0.0.1:1: "), "{told}");
+    assert!(!told.contains("geheim"), "{told}");
+    let only = place.command(&["run", "--probe", "pipelines"]).output().unwrap();
+    assert_eq!(only.status.code(), Some(2), "it is a part of the dry run");
+}

@@ -13,6 +13,8 @@ use super::request::read_file;
 use super::verdict::{Overrides, judge};
 use super::{HttpSpec, url_varies};
 use crate::clock::Clock;
+use crate::clock::Timestamp;
+use crate::connection::probe::{Probed, skew};
 use crate::connection::tls;
 use crate::sink::{Failure, OpenError, Verdict};
 
@@ -111,6 +113,25 @@ impl Connector {
             builder = builder.tls_certs_merge(self.roots.iter().cloned());
         }
         builder.build()
+    }
+
+    /// Asks the host of `url` for its head: any answer says that it is there.
+    pub(super) async fn probe(&self, url: &str) -> Probed {
+        let what = crate::sink::shown_address(url);
+        let asked = async {
+            let client = self.client.get_or_try_init(|| async { self.client() }).await.map_err(chain)?;
+            client.head(&what).send().await.map_err(chain)
+        };
+        let found: Result<reqwest::Response, String> = asked.await;
+        let found = found.map(|answer| {
+            let date = answer.headers().get(http::header::DATE).and_then(|date| date.to_str().ok());
+            let theirs = date.and_then(|date| jiff::fmt::rfc2822::parse(date).ok());
+            let clock = theirs.map_or("it tells no time".to_owned(), |at| {
+                skew(self.clock.now(), Timestamp::from_millis(at.timestamp().as_millisecond()))
+            });
+            format!("it answers; {clock}")
+        });
+        Probed::of(what, found)
     }
 
     /// Sends a request and waits for its answer.

@@ -29,6 +29,7 @@ use super::foreign::open::{Context, SpecFault};
 use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach};
 use crate::clock::Timestamp;
 use crate::connection::kafka::{Cluster, SaslSpec, TlsSpec, explain};
+use crate::connection::probe::Probed;
 use crate::record::{Position, Record, RecordId};
 
 /// `source.kafka:` — a topic; made at the start unless `topics.create` is false.
@@ -183,6 +184,41 @@ pub fn open(spec: &KafkaSourceSpec, context: &Context) -> Result<Arc<dyn Broker>
     });
     tokio::spawn(watch(Arc::downgrade(&kafka), kafka.closed.clone()));
     Ok(kafka)
+}
+
+/// Looks whether the topic can be used as it is; makes nothing.
+pub async fn probe(spec: &KafkaSourceSpec, namespace: &str, branches: &[String]) -> Vec<Probed> {
+    let (spec, groups) =
+        (spec.clone(), branches.iter().map(|branch| spec.group(namespace, branch)).collect::<Vec<_>>());
+    let what = format!("Kafka topic {} at {}", spec.topic, spec.cluster().shown());
+    let (cluster, topic) = (spec.cluster(), spec.topic.clone());
+    let names: Vec<&str> = branches.iter().map(String::as_str).collect();
+    let commands = spec.commands(namespace, &names).join("\n        ");
+    let looked = tokio::task::spawn_blocking(move || -> Result<_, KafkaError> {
+        let client = topic::observer(&cluster)?;
+        let facts = topic::look(&client, &topic)?;
+        let wrong = match &facts {
+            Some(facts) => topic::group_faults(&cluster, &topic, &facts.partitions, &groups),
+            None => Vec::new(),
+        };
+        Ok((facts, wrong))
+    })
+    .await;
+    match looked {
+        Err(error) => vec![Probed::wrong(what, error.to_string())],
+        Ok(Err(error)) => vec![Probed::wrong(what, explain(&error))],
+        Ok(Ok((None, _))) if spec.topics.create => vec![Probed::fine(what, "it is not there and will be made")],
+        Ok(Ok((None, _))) => {
+            vec![Probed::wrong(what, format!("it does not exist; somebody with the rights runs:\n        {commands}"))]
+        }
+        Ok(Ok((Some(facts), wrong))) => {
+            let facts = TopicFacts { settings: topic::settings(&spec.cluster(), &spec.topic).await, ..facts };
+            let weak = facts.weaknesses();
+            let found =
+                if weak.is_empty() { facts.note() } else { format!("{}; weak: {}", facts.note(), weak.join("; ")) };
+            std::iter::once(Probed::fine(what, found)).chain(wrong).collect()
+        }
+    }
 }
 
 #[derive(Clone, Debug)]

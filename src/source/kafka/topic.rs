@@ -13,7 +13,8 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 
 use super::message;
-use crate::connection::kafka::{Cluster, METADATA_TIMEOUT, Shared};
+use crate::connection::kafka::{Cluster, METADATA_TIMEOUT, Shared, explain};
+use crate::connection::probe::Probed;
 use crate::record::{Position, RecordId};
 use crate::source::foreign::broker::Begin;
 
@@ -294,6 +295,41 @@ pub(super) fn begin(
         }
         done => done,
     }
+}
+
+/// What stands against reading as these groups: rights, and offsets that the topic no longer keeps.
+pub(super) fn group_faults(cluster: &Cluster, topic: &str, partitions: &[i32], groups: &[String]) -> Vec<Probed> {
+    let mut wrong = Vec::new();
+    for group in groups {
+        let look = || -> Result<Vec<String>, KafkaError> {
+            let client: BaseConsumer = reader(cluster).set("group.id", group).create()?;
+            let mut wanted = TopicPartitionList::new();
+            for partition in partitions {
+                wanted.add_partition(topic, *partition);
+            }
+            let mut stale = Vec::new();
+            for part in client.committed_offsets(wanted, METADATA_TIMEOUT)?.elements() {
+                part.error()?;
+                let Offset::Offset(next) = part.offset() else { continue };
+                let (low, high) = client.fetch_watermarks(topic, part.partition(), METADATA_TIMEOUT)?;
+                if !(low..=high).contains(&next) {
+                    stale.push(format!("partition {}: {next} is next, {low} to {high} are kept", part.partition()));
+                }
+            }
+            Ok(stale)
+        };
+        let what = format!("consumer group {group}");
+        match look() {
+            Err(error) => wrong.push(Probed::wrong(what, explain(&error))),
+            Ok(stale) if !stale.is_empty() => {
+                let why =
+                    format!("its offset is out of range ({}): reset it with kafka-consumer-groups", stale.join("; "));
+                wrong.push(Probed::wrong(what, why));
+            }
+            Ok(_) => {}
+        }
+    }
+    wrong
 }
 
 /// Gives a group the committed offsets of another one.
