@@ -6,6 +6,7 @@
 mod files;
 mod instance;
 mod logs;
+mod moving;
 mod pipeline;
 mod pipelines;
 pub mod probe;

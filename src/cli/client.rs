@@ -43,6 +43,12 @@ impl Remote {
         format!("{}{path}", self.url.trim_end_matches('/'))
     }
 
+    /// The same, with at least so much time for the answer.
+    pub(super) fn at_least(self, time: Duration) -> Self {
+        let timeout = crate::units::Span(self.timeout.0.max(time));
+        Self { timeout, ..self }
+    }
+
     /// Sends a request and reads the answer, whatever its status.
     pub(super) async fn ask(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Answer, Stop> {
         self.send(method, path, body, &[]).await

@@ -7,6 +7,7 @@ mod branches;
 mod dead_letters;
 mod message;
 mod metrics;
+mod moving;
 mod openapi;
 mod request;
 mod route;
@@ -14,12 +15,14 @@ mod scheduled;
 mod status;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use http::StatusCode;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+pub use moving::{MoveError, Moved, StuckBranch};
 pub use openapi::openapi;
 pub use status::ConfigState;
 
@@ -107,6 +110,14 @@ pub trait Instance: Send + Sync {
     /// Deletes a namespace whose file is gone, with all that it holds.
     fn delete(&self, namespace: String) -> BoxFuture<'static, Result<(), DeleteError>>;
 
+    /// Moves a namespace to the log that its new file names, with all that waits in it.
+    fn move_to(
+        &self,
+        namespace: String,
+        file: String,
+        patience: Duration,
+    ) -> BoxFuture<'static, Result<Moved, MoveError>>;
+
     /// Who may call.
     fn keys(&self) -> &Keys;
 
@@ -156,6 +167,7 @@ async fn respond(instance: &dyn Instance, mut asked: Asked) -> Answer {
         Operation::Namespaces => Ok(status::namespaces(instance)),
         Operation::Message => message::find(instance, first).await,
         Operation::Delete => delete(instance, first).await,
+        Operation::MoveNamespace => moving::to(instance, first, request::body(&mut asked).await?).await,
         Operation::Status => match instance.view(first) {
             Some(view) => status::of(instance, &view).await,
             None => status::absent(instance, first),

@@ -27,6 +27,7 @@ use crate::ingest::reply::{self, Problem};
         status::namespaces,
         status::of,
         super::delete,
+        super::moving::to,
         message::find,
         scheduled::list,
         scheduled::cancel,

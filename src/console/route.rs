@@ -17,6 +17,7 @@ pub(super) enum Operation {
     Namespaces,
     Message,
     Delete,
+    MoveNamespace,
     Status,
     Branches,
     Pause,
@@ -50,7 +51,7 @@ const fn open(path: &'static str, operation: Operation) -> Route {
 }
 
 /// Everything that the console answers.
-pub(super) static ROUTES: [Route; 21] = [
+pub(super) static ROUTES: [Route; 22] = [
     open("/livez", Operation::Livez),
     open("/readyz", Operation::Readyz),
     // A browser sends no key of its own, and they show nothing but what every copy of walflow has.
@@ -61,6 +62,7 @@ pub(super) static ROUTES: [Route; 21] = [
     route(Method::GET, "/api/v1/wal/namespaces", Operation::Namespaces),
     route(Method::GET, "/api/v1/wal/message/{id}", Operation::Message),
     route(Method::DELETE, "/api/v1/wal/namespace/{ns}", Operation::Delete),
+    route(Method::POST, "/api/v1/wal/namespace/{ns}/move", Operation::MoveNamespace),
     route(Method::GET, "/api/v1/wal/namespace/{ns}/status", Operation::Status),
     route(Method::GET, "/api/v1/wal/namespace/{ns}/branches", Operation::Branches),
     route(Method::POST, "/api/v1/wal/namespace/{ns}/branches/{branch}/pause", Operation::Pause),

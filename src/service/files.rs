@@ -4,7 +4,7 @@
 //! namespace, so that a file that cannot be read at all still counts as that namespace's.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -17,7 +17,8 @@ use crate::record::Namespace;
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
-use crate::spec::{Loaded, load};
+use crate::spec::text::Text;
+use crate::spec::{Loaded, Neighbours, load, load_text};
 use crate::transform::Compiler;
 
 /// Where the files are and what they may refer to.
@@ -98,6 +99,24 @@ impl Files {
         }
         reading.found = by_name.into_iter().map(|(namespace, plan)| Found { namespace, plan }).collect();
         reading
+    }
+
+    /// The file that held a namespace when the files were last read.
+    pub(super) fn path_of(&self, namespace: &Namespace) -> Option<PathBuf> {
+        self.names.lock().iter().find(|(_, name)| *name == namespace).map(|(file, _)| PathBuf::from(&**file))
+    }
+
+    /// The plan that another text in the place of a file would make, or everything that is wrong with it.
+    pub(super) fn plan_instead(&self, path: &Path, text: &str) -> Result<Arc<Plan>, String> {
+        let named = Text::new(&path.display().to_string(), text);
+        let loaded = load_text(named, Neighbours::beside(path), &self.environment);
+        let made = make(&loaded, &self.environment, &self.compiler);
+        let problems: Vec<String> =
+            made.diagnostics.iter().filter(|problem| problem.is_error()).map(|problem| problem.render(false)).collect();
+        match made.plan {
+            Some(plan) if problems.is_empty() => Ok(Arc::new(plan)),
+            _ => Err(format!("the new file has problems\n{}", problems.join("\n"))),
+        }
     }
 
     /// Makes the plan of an earlier revision again.

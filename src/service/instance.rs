@@ -10,7 +10,7 @@ use secrecy::SecretString;
 use super::pipeline::{Config, Pipeline};
 use super::pipelines::{Absent, Pipelines};
 use crate::clock::{Clock, Timestamp};
-use crate::console::{self, ConfigState, DeleteError, Instance, Readiness, View};
+use crate::console::{self, ConfigState, DeleteError, Instance, MoveError, Moved, Readiness, View};
 use crate::ingest::reply::Problem;
 use crate::ingest::{Budget, Directory, Inlet, Keys};
 use crate::record::Namespace;
@@ -48,6 +48,12 @@ impl Directory for Front {
         let name: Namespace = namespace.parse().map_err(|_| Problem::no_namespace(namespace))?;
         match self.pipelines.get(&name) {
             Some(pipeline) if matches!(pipeline.config(), Config::Deleted) => Err(Problem::no_namespace(namespace)),
+            Some(pipeline) if pipeline.is_moving() => Err(Problem::unavailable(
+                "moving",
+                format!("`{name}` is moving to another log; it takes writes again when that is done"),
+                Duration::from_secs(1),
+            )
+            .failed()),
             Some(pipeline) => Ok(pipeline.inlet()),
             None => match self.pipelines.absent(&name) {
                 None => Err(Problem::no_namespace(namespace)),
@@ -114,6 +120,21 @@ impl Instance for Front {
         let pipelines = Arc::clone(&self.pipelines);
         // In a task of its own: whoever asked may leave, and half a deletion is none.
         let task = tokio::spawn(async move { pipelines.delete(&namespace).await });
+        async move {
+            task.await.unwrap_or_else(|panic| Err(crate::source::LogError::Closed(panic.to_string().into()).into()))
+        }
+        .boxed()
+    }
+
+    fn move_to(
+        &self,
+        namespace: String,
+        file: String,
+        patience: Duration,
+    ) -> BoxFuture<'static, Result<Moved, MoveError>> {
+        let pipelines = Arc::clone(&self.pipelines);
+        // In a task of its own: whoever asked may leave, and half a move is none.
+        let task = tokio::spawn(async move { pipelines.move_namespace(&namespace, &file, patience).await });
         async move {
             task.await.unwrap_or_else(|panic| Err(crate::source::LogError::Closed(panic.to_string().into()).into()))
         }

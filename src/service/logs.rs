@@ -10,10 +10,11 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::ServiceError;
+use super::moving::is_left_behind;
 use crate::clock::Clock;
 use crate::pipeline::plan::{Plan, ShelfKind, SourceKind};
 use crate::record::Namespace;
-use crate::source::embedded::{Counters, Embedded, NamespaceSettings, OpenError, Options};
+use crate::source::embedded::{Counters, Embedded, EmbeddedNamespace, NamespaceSettings, OpenError, Options};
 use crate::source::foreign::open::Context;
 use crate::source::foreign::store::Store;
 use crate::source::foreign::{First, Foreign, Settings};
@@ -57,6 +58,9 @@ fn settings(plan: &Plan) -> NamespaceSettings {
     }
 }
 
+const OTHER_LOG: &str = "the source and the shelf of a namespace that runs cannot be changed: restart walflow for another address of the same \
+                         log, or use `walflow namespace move` for another log";
+
 /// The number of a namespace that no data folder counts: the same on every instance that shares it. The upper half, so that it
 /// is none of the embedded log's.
 fn shared_number(name: &Namespace) -> u32 {
@@ -98,7 +102,7 @@ impl Logs {
                 pair.remember_keys_for(plan.source.idempotency.window.0);
                 return Ok(Opened { log: Arc::clone(pair) as Arc<dyn Log>, shelf: Arc::clone(pair) as Arc<dyn Shelf> });
             }
-            Some((plan, kind)) if kind.is_foreign() => return self.on_broker(name, plan).await,
+            Some((plan, kind)) if kind.is_foreign() => return self.on_broker(name, plan, false).await,
             _ => {}
         }
         if plan.is_none()
@@ -114,15 +118,36 @@ impl Logs {
         Ok(Opened { log: Arc::clone(&pair) as Arc<dyn Log>, shelf: pair })
     }
 
-    async fn on_broker(&self, name: &Namespace, plan: &Plan) -> Result<Opened, LogError> {
+    /// What the embedded log holds of a namespace that is somewhere else by its file: nothing, or what a move has left.
+    async fn leave_behind(&self, name: &Namespace, left: &EmbeddedNamespace) -> Result<(), LogError> {
+        let counts = left.counts();
+        let aside: u64 = counts.aside.iter().map(|(_, rows)| rows).sum();
+        let dead: u64 = counts.dead.iter().map(|(_, letters, _)| letters).sum();
+        let open: u64 = left.branches().iter().map(|branch| left.lag(branch).records).sum();
+        if !is_left_behind(left) && open + counts.parked + aside + dead > 0 {
+            return Err(LogError::Damaged(
+                format!(
+                    "by its file `{name}` is on another log, but the embedded log still holds {open} records without an end, {} \
+                     parked, {aside} set aside and {dead} dead letters of it: put `source: {{ embedded: {{}} }}` back and use \
+                     `walflow namespace move {name} --to FILE`",
+                    counts.parked
+                )
+                .into(),
+            ));
+        }
+        tracing::info!(ns = %name, "deleting what a move has left on the embedded log");
+        self.delete_embedded(name).await
+    }
+
+    async fn on_broker(&self, name: &Namespace, plan: &Plan, moving: bool) -> Result<Opened, LogError> {
         let source = &plan.source;
+        if !moving && let Some(left) = self.embedded.held(name)? {
+            self.leave_behind(name, &left).await?;
+        }
         let settings = format!("{:?} {:?}", source.kind, source.shelf);
         if let Some(known) = self.foreign.lock().get(name) {
             if known.settings != settings {
-                return Err(LogError::Unsupported(
-                    "the source and the shelf of a namespace that runs cannot be changed: restart walflow for another address, or \
-                     use `walflow namespace move` for another log",
-                ));
+                return Err(LogError::Unsupported(OTHER_LOG));
             }
             return Ok(both(&known.pair));
         }
@@ -151,6 +176,42 @@ impl Logs {
         let opened = both(&pair);
         self.foreign.lock().insert(name.clone(), OnBroker { pair, settings });
         Ok(opened)
+    }
+
+    /// Refuses a plan that would have a namespace that runs change its log.
+    pub(super) fn same_log(&self, name: &Namespace, now: &Plan, next: &Plan) -> Result<(), LogError> {
+        let of = |plan: &Plan| format!("{:?} {:?}", plan.source.kind, plan.source.shelf);
+        if of(now) == of(next) {
+            return Ok(());
+        }
+        tracing::warn!(ns = %name, "its file names another log than the one it runs on");
+        Err(LogError::Unsupported(OTHER_LOG))
+    }
+
+    /// The namespace on the embedded log, if that holds it.
+    pub(super) fn embedded(&self, name: &Namespace) -> Result<Option<Arc<EmbeddedNamespace>>, LogError> {
+        self.embedded.held(name)
+    }
+
+    /// Deletes what the embedded log holds of a namespace.
+    pub(super) async fn delete_embedded(&self, name: &Namespace) -> Result<(), LogError> {
+        self.embedded.delete_namespace(name).await.map(|_| ())
+    }
+
+    /// The pair of a namespace that is to move to it.
+    pub(super) async fn open_pair(&self, name: &Namespace, plan: &Plan) -> Result<Foreign, LogError> {
+        self.on_broker(name, plan, true).await?;
+        let pair = self.foreign.lock().get(name).map(|known| known.pair.clone());
+        pair.ok_or(LogError::Unsupported("the pair was closed meanwhile"))
+    }
+
+    /// Takes back a pair to which nothing has moved.
+    pub(super) async fn drop_pair(&self, name: &Namespace) -> Result<(), LogError> {
+        let known = self.foreign.lock().remove(name);
+        let Some(known) = known else { return Ok(()) };
+        let deleted = known.pair.delete().await;
+        known.pair.close().await;
+        deleted
     }
 
     /// Deletes a namespace with all that it holds.

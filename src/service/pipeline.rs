@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -46,6 +47,8 @@ pub(super) struct Pipeline {
     /// The way in, as the plan in force has it.
     inlet: ArcSwap<Inlet>,
     state: Mutex<State>,
+    /// Writes are refused: it is moving to another log.
+    moving: AtomicBool,
     /// Held while branches come and go, so that two reloads never mix.
     changing: tokio::sync::Mutex<()>,
 }
@@ -81,6 +84,7 @@ impl Pipeline {
             open_sink: Arc::new(|kind, context| sink::open(kind, context).map_err(|error| error.to_string().into())),
             inlet: ArcSwap::from_pointee(inlet),
             state: Mutex::new(State { plan: Arc::clone(&plan), config: config.clone(), branches: BTreeMap::new() }),
+            moving: AtomicBool::new(false),
             changing: tokio::sync::Mutex::new(()),
         };
         pipeline.apply(plan, config).await?;
@@ -113,6 +117,16 @@ impl Pipeline {
             }
         }
         self.drain_removed(&plan).await
+    }
+
+    /// Writes are refused from now on, or taken again.
+    pub(super) fn set_moving(&self, moving: bool) {
+        self.moving.store(moving, Ordering::Release);
+    }
+
+    /// Whether writes are refused because it moves.
+    pub(super) fn is_moving(&self) -> bool {
+        self.moving.load(Ordering::Acquire)
     }
 
     /// The file is broken or good again; the plan stays.

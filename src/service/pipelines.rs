@@ -57,14 +57,14 @@ impl fmt::Display for Absent {
 pub(super) struct Pipelines {
     pub(super) logs: Logs,
     pub(super) clock: Clock,
-    files: Files,
+    pub(super) files: Files,
     running: CancellationToken,
     set: RwLock<BTreeMap<Namespace, Arc<Pipeline>>>,
     absent: RwLock<BTreeMap<Namespace, Absent>>,
     /// When the files were last read and made so.
     applied_at: RwLock<Timestamp>,
     ready: AtomicBool,
-    applying: tokio::sync::Mutex<()>,
+    pub(super) applying: tokio::sync::Mutex<()>,
     /// By namespace: how many changes there were, and who makes one now.
     changes: Mutex<BTreeMap<Namespace, (u64, Arc<tokio::sync::Mutex<()>>)>>,
 }
@@ -179,7 +179,13 @@ impl Pipelines {
             (None, _) => (None, Config::Deleted),
         };
         match (running, plan) {
-            (Some(pipeline), Some(plan)) => pipeline.apply(plan, config).await,
+            (Some(pipeline), Some(plan)) => {
+                // The same log, as its bounds may have changed; another one is refused there.
+                if plan.source.kind.is_foreign() || pipeline.plan().source.kind.is_foreign() {
+                    self.logs.same_log(&name, &pipeline.plan(), &plan)?;
+                }
+                pipeline.apply(plan, config).await
+            }
             (Some(pipeline), None) => {
                 pipeline.set_config(config);
                 Ok(())
@@ -189,7 +195,7 @@ impl Pipelines {
     }
 
     /// A namespace that does not run yet: by its file, or by the last good one that the log keeps.
-    async fn begin(&self, name: Namespace, plan: Option<Arc<Plan>>, config: Config) -> Result<(), LogError> {
+    pub(super) async fn begin(&self, name: Namespace, plan: Option<Arc<Plan>>, config: Config) -> Result<(), LogError> {
         let never = |config: &Config| match config {
             Config::Stale(problem) => Some(Absent::Broken(Arc::clone(problem))),
             Config::Current | Config::Deleted => None,
@@ -234,6 +240,11 @@ impl Pipelines {
             }
         }
         plans
+    }
+
+    /// Takes out a namespace whose branches have ended.
+    pub(super) fn forget(&self, name: &Namespace) {
+        self.set.write().remove(name);
     }
 
     /// A namespace that runs, or drains.

@@ -233,6 +233,13 @@ async fn release(shared: Arc<Shared>) {
             groups.entry(row.namespace).or_default().push(row);
         }
         let spaces = shared.spaces.read().by_number.clone();
+        groups.retain(|number, rows| {
+            let held = spaces.get(number).is_some_and(|space| space.held.load(Ordering::Acquire));
+            if held {
+                shared.held_rows.lock().append(rows);
+            }
+            !held
+        });
         let known = groups.iter().filter_map(|(number, rows)| Some((spaces.get(number)?, rows)));
         join_all(known.map(|(space, rows)| release_rows(&shared, space, rows, looked))).await;
     }

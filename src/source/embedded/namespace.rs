@@ -4,6 +4,7 @@
 //! durable before it is answered; every query first has the store catch up with what is durable.
 
 mod admit;
+mod export;
 mod find;
 mod shelf;
 

@@ -16,7 +16,7 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use super::batch::{Commit, Finish};
 use super::change::{Change, Frame, NamespaceNumber, Sequence};
 use super::disk::Disk;
-use super::due::Due;
+use super::due::{Due, DueRow};
 use super::journal::JournalFiles;
 use super::keys::Keys;
 use super::options::Options;
@@ -160,6 +160,8 @@ pub(super) struct Shared {
     pub(super) keys: Keys,
     pub(super) reader: StateReader,
     pub(super) due_news: Notify,
+    /// Rows that are due and held back, of namespaces that are moving.
+    pub(super) held_rows: Mutex<Vec<DueRow>>,
     /// The writer thread has ended: no answer comes any more.
     pub(super) writer_is_over: AtomicBool,
     finished: Mutex<Vec<Finished>>,
@@ -211,6 +213,7 @@ impl Shared {
             keys: parts.keys,
             reader: parts.reader,
             due_news: Notify::new(),
+            held_rows: Mutex::default(),
             writer_is_over: AtomicBool::new(false),
             finished: Mutex::default(),
             finished_news: Notify::new(),

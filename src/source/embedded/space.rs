@@ -108,6 +108,8 @@ pub(super) struct Space {
     keys_floor: AtomicI64,
     /// A repair has lost cursors of records up to here.
     pub(super) start_over: AtomicU64,
+    /// What is parked stays parked: the namespace is moving to another log.
+    pub(super) held: AtomicBool,
 }
 
 impl Space {
@@ -153,6 +155,7 @@ impl Space {
             aged: AtomicU64::new(0),
             keys_floor: AtomicI64::new(0),
             start_over: AtomicU64::new(0),
+            held: AtomicBool::new(false),
         }
     }
 

@@ -26,7 +26,7 @@ use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
 pub use counts::Counts;
-pub use reader::{SeenKey, StateReader, WaitingRow};
+pub use reader::{KeptKey, KeyPlace, SeenKey, StateReader, WaitingRow};
 pub use salvage::{Mending, Salvaged};
 
 use super::change::{NamespaceNumber, Sequence};

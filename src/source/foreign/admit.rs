@@ -93,6 +93,14 @@ impl Inner {
         if self.closed.is_cancelled() {
             return Err(AdmitError::Closed { reason: CLOSED.into() });
         }
+        let mut writes = writes;
+        if let Some(store) = &self.store {
+            for write in &mut writes {
+                if let Some(key) = write.idempotency.take() {
+                    write.idempotency = Some(self.hashed(store, key).await.map_err(of_store)?);
+                }
+            }
+        }
         let mut drafts = self.drafts(writes)?;
         let repeats = repeats(&mut drafts);
         let mine = self.own_keys(&drafts).await;

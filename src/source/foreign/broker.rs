@@ -125,6 +125,11 @@ pub trait Broker: Send + Sync {
     /// How far a branch is behind, over the parts that this process reads; as it was a second ago or so.
     fn lag(&self, branch: &BranchName) -> Lag;
 
+    /// The part in which records of a key are.
+    fn part_of(&self, _key: Option<&str>) -> u16 {
+        0
+    }
+
     /// The newest position of each part that this process reads; as it was a second ago or so.
     fn end(&self) -> Reach;
 

@@ -6,6 +6,7 @@
 
 mod admit;
 pub mod broker;
+mod import;
 pub mod open;
 mod release;
 mod settle;
@@ -73,6 +74,8 @@ struct Inner {
     ids: Mutex<Ids>,
     /// Keys that this process has on the way: whoever comes second waits for the first.
     running: Mutex<HashMap<Box<str>, CancellationToken>>,
+    /// The number under which keys are hashed.
+    hashed_by: tokio::sync::OnceCell<u32>,
     /// The revisions where there is no store: they are forgotten at exit.
     epochs: Mutex<Vec<StoredEpoch>>,
     branches: Mutex<BTreeMap<BranchName, Held>>,
@@ -98,6 +101,7 @@ impl Foreign {
             instance,
             ids: Mutex::default(),
             running: Mutex::default(),
+            hashed_by: tokio::sync::OnceCell::new(),
             epochs: Mutex::default(),
             branches: Mutex::default(),
             closed: CancellationToken::new(),

@@ -524,6 +524,13 @@ impl Broker for Kafka {
         Lag { records: cursor.iter().map(behind).sum(), bytes: 0, oldest, cursor }
     }
 
+    fn part_of(&self, key: Option<&str>) -> u16 {
+        let TopicState::Ready(facts) = &*self.topic.borrow() else { return 0 };
+        let Some(key) = key else { return 0 };
+        let count = u32::try_from(facts.partitions.len()).unwrap_or(1).max(1);
+        u16::try_from((murmur2(key.as_bytes()) & 0x7FFF_FFFF) % count).unwrap_or(0)
+    }
+
     fn end(&self) -> Reach {
         self.ends.lock().clone()
     }
@@ -586,6 +593,69 @@ impl Broker for Kafka {
     }
 }
 
+/// The hash by which Kafka's own clients choose the partition of a key.
+fn murmur2(bytes: &[u8]) -> u32 {
+    const M: u32 = 0x5bd1_e995;
+    let mut hash = 0x9747_b28c ^ (bytes.len() as u32);
+    let (words, rest) = bytes.as_chunks::<4>();
+    for word in words {
+        let mut k = u32::from_le_bytes(*word).wrapping_mul(M);
+        k = (k ^ (k >> 24)).wrapping_mul(M);
+        hash = hash.wrapping_mul(M) ^ k;
+    }
+    if !rest.is_empty() {
+        for (index, byte) in rest.iter().enumerate() {
+            hash ^= u32::from(*byte) << (8 * index);
+        }
+        hash = hash.wrapping_mul(M);
+    }
+    hash = (hash ^ (hash >> 13)).wrapping_mul(M);
+    hash ^ (hash >> 15)
+}
+
 fn closed() -> AdmitError {
     AdmitError::Closed { reason: "the log is closing".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_find_the_partition_that_kafka_gives_them() {
+        // From Kafka's own tests of its partitioner.
+        for (text, hash) in [
+            ("21", -973_932_308),
+            ("foobar", -790_332_482),
+            ("a-little-bit-long-string", -985_981_536),
+            ("", 275_646_681),
+        ] {
+            assert_eq!(murmur2(text.as_bytes()).cast_signed(), hash, "{text}");
+        }
+    }
+
+    #[test]
+    fn settings_that_cannot_work_are_told_with_their_place() {
+        let spec = |text: &str| check(&serde_yaml::from_str(text).unwrap());
+        let places = |text: &str| spec(text).into_iter().map(|fault| fault.pointer).collect::<Vec<_>>();
+        assert_eq!(places("{ brokers: \"a:9092, b:9092\", topic: orders }"), [] as [&str; 0]);
+        assert_eq!(places("{ topic: orders }"), ["/brokers"]);
+        assert_eq!(places("{ brokers: a, topic: \"or ders\" }"), ["/brokers", "/topic"]);
+        assert_eq!(places("{ brokers: \"a:1\", topic: t, topics: { partitions: 0 } }"), ["/topics/partitions"]);
+        assert_eq!(places("{ brokers: \"a:1\", topic: t, tls: { cert_file: x } }"), ["/tls"]);
+    }
+
+    #[test]
+    fn who_may_not_make_topics_hears_what_to_run() {
+        let text =
+            "{ brokers: \"a:9092\", topic: orders, sasl: { mechanism: plain, username: wal, password: geheim } }";
+        let spec: KafkaSourceSpec = serde_yaml::from_str(text).unwrap();
+        let commands = spec.commands("orders", &["sink@eu"]).join("\n");
+        assert!(
+            commands.contains("kafka-topics --bootstrap-server a:9092 --create --topic orders --partitions 4"),
+            "{commands}"
+        );
+        assert!(commands.contains("--operation Read --group walflow.orders.sink@eu"), "{commands}");
+        assert!(!format!("{commands} {spec:?}").contains("geheim"), "{spec:?}");
+    }
 }

@@ -41,6 +41,22 @@ pub struct SeenKey {
     pub due_at: Option<Timestamp>,
 }
 
+/// Where a key stands among all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyPlace {
+    table: i64,
+    hash: [u8; 16],
+}
+
+/// An idempotency key as it is kept: its text is not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptKey {
+    /// The hash of the key under the namespace's number.
+    pub hash: [u8; 16],
+    /// What it stands for.
+    pub seen: SeenKey,
+}
+
 /// What a branch finds in the store when it starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoredBranch {
@@ -189,6 +205,44 @@ impl StateReader {
                 }
             }
             Ok(None)
+        })
+    }
+
+    /// A namespace's keys after `after`, at most `limit`.
+    ///
+    /// # Errors
+    /// When SQLite fails.
+    pub fn kept_keys(
+        &self,
+        namespace: NamespaceNumber,
+        after: Option<KeyPlace>,
+        limit: usize,
+    ) -> Result<Vec<(KeyPlace, KeptKey)>, StateError> {
+        self.with(|db| {
+            let _view = db.unchecked_transaction()?;
+            let mut found = Vec::new();
+            let from = after.map_or((i64::MIN, [0; 16]), |place| (place.table, place.hash));
+            for table in schema::key_tables(db)?.range(from.0..) {
+                let beyond = if *table == from.0 { &from.1[..] } else { &[] };
+                let mut select = db.prepare(&format!(
+                    "SELECT hash, fingerprint, id, written_at, due FROM keys_{table} WHERE namespace = ? AND hash > ? ORDER BY hash LIMIT ?"
+                ))?;
+                let mut rows = select.query(params![namespace.0, beyond, sql((limit - found.len()) as u64)])?;
+                while let Some(row) = rows.next()? {
+                    let hash = row.get(0)?;
+                    let key = SeenKey {
+                        fingerprint: row.get(1)?,
+                        id: RecordId::from_bytes(row.get(2)?),
+                        written_at: Timestamp::from_millis(row.get(3)?),
+                        due_at: row.get::<_, Option<i64>>(4)?.map(Timestamp::from_millis),
+                    };
+                    found.push((KeyPlace { table: *table, hash }, KeptKey { hash, seen: key }));
+                }
+                if found.len() >= limit {
+                    break;
+                }
+            }
+            Ok(found)
         })
     }
 
