@@ -85,7 +85,7 @@ pub enum ServiceError {
     },
     /// Without keys anybody in the network could write.
     #[error(
-        "without API keys walflow listens on loopback only, and {listen} is not loopback: set VALID_API_KEYS=key1,key2, or listen on 127.0.0.1:{}",
+        "without API keys walflow listens on loopback only, and {listen} is not loopback: set VALID_API_KEYS=key1,key2 (in a container: docker run -e VALID_API_KEYS=key1,key2 …), or listen on 127.0.0.1:{}",
         .listen.port()
     )]
     OpenToAll {
