@@ -112,10 +112,10 @@ codes! {
         "The path is relative to the pipeline file. It must exist, be text in UTF-8 and at most 1 MiB."
     SchemaFile "WF0503" "a payload schema cannot be used."
         "The path is relative to the pipeline file. The file must be a JSON Schema; it may refer to itself, but not to the network or to other files."
-    SourceSetting "WF0602" "a source's or shelf's setting does not work."
-        "An address, name or option of the source or of its shelf was checked without touching the network and cannot work as written. The message says why."
     SinkSetting "WF0601" "a sink's setting does not work."
         "A template, address or option of the sink was checked without touching the network and cannot work as written. The message says why."
+    SourceSetting "WF0602" "a source's or shelf's setting does not work."
+        "An address, name or option of the source or of its shelf was checked without touching the network and cannot work as written. The message says why."
 }
 
 /// The text is no code of walflow's.
