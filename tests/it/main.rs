@@ -20,6 +20,7 @@ mod hop;
 mod hostile;
 mod http;
 mod kafka;
+mod kafka_faults;
 mod outage;
 mod proxy;
 mod quickstart;
