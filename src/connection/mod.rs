@@ -3,5 +3,6 @@
 //! Knows no record and no pipeline. A connection is made when it is needed and made again when it breaks.
 
 pub mod kafka;
+pub mod postgres;
 pub mod probe;
 pub mod tls;

@@ -13,6 +13,7 @@ pub mod foreign;
 pub mod frontier;
 pub mod kafka;
 pub mod memory;
+pub mod postgres;
 mod query;
 mod waiting;
 
