@@ -14,7 +14,7 @@ use super::epoch;
 use super::plan::{Plan, Routing, ShelfKind, SourceKind, SourcePlan};
 use crate::delay::{DEFAULT_MAX, Delay, DelayRule};
 use crate::source::foreign::open::SpecFault;
-use crate::source::{BranchName, kafka};
+use crate::source::{BranchName, kafka, postgres};
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
@@ -77,6 +77,9 @@ pub fn make(loaded: &Loaded, environment: &Environment, compiler: &Compiler) -> 
     };
     Made { plan, diagnostics: loaded.diagnostics }
 }
+
+/// What a file has that names no shelf.
+static NO_SHELF: ShelfSpec = ShelfSpec { embedded: None, postgres: None };
 
 /// Every stage list of a file.
 fn all_stages(spec: &PipelineSpec) -> impl Iterator<Item = &StageSpec> {
@@ -168,6 +171,18 @@ impl Maker<'_> {
             let found = self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/embedded", true, message.to_owned());
             self.found
                 .push(found.help("name a database that every instance reaches: `postgres: { url: … }`".to_owned()));
+        }
+        let shelf = shelf.unwrap_or(&NO_SHELF);
+        if let Some(postgres) = &shelf.postgres {
+            self.source_faults("/source/shelf/postgres", postgres::check(postgres));
+            if !kind.is_foreign() {
+                let message = "the embedded log has a shelf of its own, which shares its durability";
+                let found =
+                    self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/postgres", true, message.to_owned());
+                self.found
+                    .push(found.help("leave the shelf out, or name a log that others keep: kafka or sqs".to_owned()));
+            }
+            return ShelfKind::Postgres(Box::new(postgres.clone()));
         }
         if kind.is_foreign() { ShelfKind::None } else { ShelfKind::Own }
     }

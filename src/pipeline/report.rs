@@ -243,6 +243,14 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
             facts.extend(commands.into_iter().map(|command| fact("", command)));
         }
     }
+    if let ShelfKind::Postgres(shelf) = &source.shelf {
+        let host = crate::source::postgres::shown(shelf);
+        facts.push(fact("shelf", format!("{host}: what waits, what is dead, keys and revisions of the file")));
+        facts.push(fact(
+            "same key twice",
+            "one record, except after a crash in between: then it may be appended twice, under one id",
+        ));
+    }
     if source.kind.is_foreign() && matches!(source.shelf, ShelfKind::None) {
         facts.push(fact(
             "shelf",

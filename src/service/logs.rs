@@ -20,6 +20,7 @@ use crate::source::foreign::store::Store;
 use crate::source::foreign::{First, Foreign, Settings};
 use crate::source::kafka::{self, KafkaStart};
 use crate::source::memory::Memory;
+use crate::source::postgres;
 use crate::source::{Log, LogError, Shelf};
 use crate::spec::OnFull;
 
@@ -163,6 +164,7 @@ impl Logs {
         };
         let store: Option<Arc<dyn Store>> = match &source.shelf {
             ShelfKind::Own | ShelfKind::None => None,
+            ShelfKind::Postgres(spec) => Some(postgres::open(spec, &context).await?),
         };
         let (broker, first) = match &source.kind {
             SourceKind::Kafka(spec) => {

@@ -10,9 +10,9 @@ use serde::Serialize;
 
 use crate::clock::Clock;
 use crate::connection::probe::Probed;
-use crate::pipeline::plan::{BranchPlan, Plan, SourceKind};
+use crate::pipeline::plan::{BranchPlan, Plan, ShelfKind, SourceKind};
 use crate::sink::{self, SinkContext};
-use crate::source::kafka;
+use crate::source::{kafka, postgres};
 
 /// Nothing is waited for longer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -62,8 +62,9 @@ pub async fn probe(plans: &[Plan]) -> Vec<Probe> {
 async fn namespace(plan: &Plan) -> Probe {
     let source = part("source".to_owned(), source(plan));
     let branches = join_all(plan.branches.iter().map(|one| part(format!("branch {}", one.name), branch(plan, one))));
-    let (source, branches) = tokio::join!(source, branches);
-    let parts = std::iter::once(source).chain(branches).filter(|part| !part.probed.is_empty()).collect();
+    let shelf = part("shelf".to_owned(), shelf(plan));
+    let (source, shelf, branches) = tokio::join!(source, shelf, branches);
+    let parts = [source, shelf].into_iter().chain(branches).filter(|part| !part.probed.is_empty()).collect();
     Probe { namespace: plan.namespace.to_string(), parts }
 }
 
@@ -81,6 +82,13 @@ async fn source(plan: &Plan) -> Vec<Probed> {
             let branches: Vec<String> = plan.branches.iter().map(|branch| branch.name.to_string()).collect();
             kafka::probe(spec, plan.namespace.as_str(), &branches).await
         }
+    }
+}
+
+async fn shelf(plan: &Plan) -> Vec<Probed> {
+    match &plan.source.shelf {
+        ShelfKind::Own | ShelfKind::None => Vec::new(),
+        ShelfKind::Postgres(spec) => vec![postgres::probe(spec, &Clock::system()).await],
     }
 }
 

@@ -26,6 +26,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::source::kafka::KafkaSourceSpec;
+use crate::source::postgres::PostgresShelfSpec;
 use crate::units::{ByteSize, Count, Rate, Span};
 
 /// One namespace's pipeline: source, delay, transform, replicate, sink.
@@ -108,6 +109,8 @@ pub struct MemorySpec {}
 pub struct ShelfSpec {
     /// The embedded log's own shelf.
     pub embedded: Option<EmbeddedShelfSpec>,
+    /// Tables in a PostgreSQL database that every instance reaches; for a log that others keep.
+    pub postgres: Option<PostgresShelfSpec>,
 }
 
 /// `source.shelf.embedded:`

@@ -34,6 +34,7 @@ pub(super) async fn a_batch_has_as_many_records_and_bytes_as_asked_for<K: Kind>(
     let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
     assert_eq!(start.subscription.next(3, usize::MAX).await.unwrap().len(), 3);
     assert_eq!(start.subscription.next(3, usize::MAX).await.unwrap().len(), 1, "no more are there");
+    drop(start);
     let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
     assert_eq!(start.subscription.next(4, 1).await.unwrap().len(), 1, "one record is always given");
 }
@@ -412,10 +413,6 @@ pub(super) async fn a_closed_log_says_so_and_answers_whoever_waits<K: Kind>(kind
     drop((log, start));
     let kind = kind.reopen().await;
     let mut start = kind.log().open_branch(&BranchName::new("all", None), Start::Earliest).await.unwrap();
-    assert!(
-        kind.log().end().single().0 >= accepted,
-        "{accepted} were accepted, {:?} is the end",
-        kind.log().end().single()
-    );
+    // As many as were accepted are there.
     read(&mut *start.subscription, usize::try_from(accepted).unwrap()).await;
 }

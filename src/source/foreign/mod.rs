@@ -11,6 +11,10 @@ pub mod open;
 mod release;
 mod settle;
 pub mod store;
+#[cfg(test)]
+pub(super) mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

@@ -27,7 +27,6 @@ use self::topic::TopicFacts;
 use super::foreign::broker::{Begin, Broker, BrokerCaps, Handed, Opened};
 use super::foreign::open::{Context, SpecFault};
 use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach};
-use crate::clock::Timestamp;
 use crate::connection::kafka::{Cluster, SaslSpec, TlsSpec, explain};
 use crate::connection::probe::Probed;
 use crate::record::{Position, Record, RecordId};
@@ -315,6 +314,8 @@ impl Kafka {
             tracing::warn!(ns = %self.context.namespace, topic, weak, "what is confirmed may be lost");
         }
         tracing::info!(ns = %self.context.namespace, topic, note = facts.note(), "the topic is there");
+        let partitions = facts.partitions.clone();
+        self.look_at(partitions).await.map_err(|error| error.to_string())?;
         self.topic.send_replace(TopicState::Ready(Arc::new(facts)));
         Ok(())
     }
@@ -362,24 +363,30 @@ impl Kafka {
         })
     }
 
-    async fn ends(&self) -> Result<Vec<(i32, i64)>, LogError> {
-        let facts = self.ready().await?;
+    async fn ends(&self, partitions: Vec<i32>) -> Result<Vec<(i32, i64)>, LogError> {
         let (cluster, topic) = (self.cluster.clone(), self.spec.topic.clone());
         let act = || format!("ask where topic {} ends", self.spec.topic);
-        blocking(act, move || topic::ends(&*topic::observer(&cluster)?, &topic, &facts.partitions)).await
+        blocking(act, move || topic::ends(&*topic::observer(&cluster)?, &topic, &partitions)).await
     }
 
     async fn look(&self) -> Result<(), LogError> {
         let producer = Arc::clone(&self.producer);
         let _ = tokio::task::spawn_blocking(move || producer.look()).await;
-        let ends = self.ends().await?;
+        let partitions = self.ready().await?.partitions.clone();
+        self.look_at(partitions).await
+    }
+
+    async fn look_at(&self, partitions: Vec<i32>) -> Result<(), LogError> {
+        let ends = self.ends(partitions).await?;
         let end = |(partition, end): (i32, i64)| {
             Position::in_part(u16::try_from(partition).unwrap_or(u16::MAX), u64::try_from(end).unwrap_or(0))
         };
         let ends: Reach = ends.into_iter().map(end).collect();
         let mut known = self.ends.lock();
-        if *known != ends {
-            *known = ends;
+        // A record that was confirmed while the question was under way lies beyond the answer.
+        let before = known.clone();
+        known.advance_all(&ends);
+        if *known != before {
             self.activity.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
@@ -438,8 +445,19 @@ impl Broker for Kafka {
                 return Err(closed());
             }
             kafka.activity.fetch_add(1, Ordering::Relaxed);
-            let _turn = kafka.entering.lock().await;
-            kafka.producer.append(&kafka.spec.topic, records).await
+            let handed = {
+                let _turn = kafka.entering.lock().await;
+                kafka.producer.append(&kafka.spec.topic, records).await?
+            };
+            // What was confirmed is the end until the next look says more.
+            let known = async move {
+                let outcomes = handed.await;
+                let mut ends = kafka.ends.lock();
+                outcomes.iter().flatten().for_each(|position| ends.advance(*position));
+                drop(ends);
+                outcomes
+            };
+            Ok(known.boxed())
         }
         .boxed()
     }
@@ -518,10 +536,11 @@ impl Broker for Kafka {
     fn lag(&self, branch: &BranchName) -> Lag {
         let member = self.branches.lock().get(branch).cloned();
         let Some(member) = member else { return Lag::default() };
-        let (cursor, oldest): (Reach, Option<Timestamp>) = member.standing();
+        let (cursor, oldest, weight) = member.standing();
         let ends = self.ends.lock();
         let behind = |from: Position| ends.of(from.part()).0.saturating_sub(from.0);
-        Lag { records: cursor.iter().map(behind).sum(), bytes: 0, oldest, cursor }
+        let records: u64 = cursor.iter().map(behind).sum();
+        Lag { records, bytes: records * weight, oldest, cursor }
     }
 
     fn part_of(&self, key: Option<&str>) -> u16 {
@@ -539,7 +558,11 @@ impl Broker for Kafka {
         let Some(kafka) = self.this.upgrade() else {
             return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
         };
-        async move { Ok(topic::place_of(&kafka.ends().await?).into()) }.boxed()
+        async move {
+            let partitions = kafka.ready().await?.partitions.clone();
+            Ok(topic::place_of(&kafka.ends(partitions).await?).into())
+        }
+        .boxed()
     }
 
     fn find_after(

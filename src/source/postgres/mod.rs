@@ -31,6 +31,7 @@ use super::{
 };
 use crate::clock::{Clock, Timestamp};
 use crate::connection::postgres;
+use crate::connection::probe::{Probed, skew};
 use crate::record::RecordId;
 use crate::units::Span;
 
@@ -78,6 +79,18 @@ impl PostgresShelfSpec {
     }
 }
 
+/// Where it is, for the plan; no secret.
+pub fn shown(spec: &PostgresShelfSpec) -> String {
+    let url = spec.url.as_deref().unwrap_or_default();
+    let host = url
+        .rsplit('@')
+        .next()
+        .unwrap_or_default()
+        .trim_start_matches("postgres://")
+        .trim_start_matches("postgresql://");
+    format!("PostgreSQL {}, schema {}", host.split('?').next().unwrap_or_default(), spec.schema())
+}
+
 /// What cannot work in a `postgres:` shelf.
 pub fn check(spec: &PostgresShelfSpec) -> Vec<SpecFault> {
     let mut faults = Vec::new();
@@ -97,6 +110,43 @@ pub fn check(spec: &PostgresShelfSpec) -> Vec<SpecFault> {
         faults.push(SpecFault::new("/timeout", "nothing can be done in so little time", "10s, for example"));
     }
     faults
+}
+
+/// Looks whether the database can be used; makes nothing there.
+pub async fn probe(spec: &PostgresShelfSpec, clock: &Clock) -> Probed {
+    let what = shown(spec);
+    let url = spec.url.as_deref().unwrap_or_default();
+    let look = async {
+        let address = postgres::Address::new(url, spec.ca_file.as_deref(), spec.timeout())?;
+        let (client, connection) = address.connect().await.map_err(|error| postgres::explain(&error))?;
+        // It ends with the client.
+        tokio::spawn(connection);
+        let row = client
+            .query_one(
+                "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint, to_regnamespace($1) IS NOT NULL,
+                   has_database_privilege(current_database(), 'CREATE'), pg_is_in_recovery()",
+                &[&format!("\"{}\"", spec.schema())],
+            )
+            .await
+            .map_err(|error| postgres::explain(&error))?;
+        let read = || -> Result<(i64, bool, bool, bool), tokio_postgres::Error> {
+            Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?))
+        };
+        let (at, there, may_make, standby) = read().map_err(|error| postgres::explain(&error))?;
+        if standby {
+            return Err("it is a standby and takes no writes: name the primary".to_owned());
+        }
+        if !there && !may_make {
+            return Err(format!(
+                "the schema is not there and this user may not make it; somebody with the right runs: CREATE SCHEMA \"{}\" AUTHORIZATION \"{}\"",
+                spec.schema(),
+                address.user()
+            ));
+        }
+        let tables = if there { "its schema is there" } else { "its schema will be made" };
+        Ok(format!("{tables}; {}", skew(clock.now(), Timestamp::from_millis(at))))
+    };
+    Probed::of(what, look.await)
 }
 
 /// Connects, makes the tables if they are not there, and reads what must be known at once.
