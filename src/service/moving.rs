@@ -13,6 +13,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use super::files::Found;
 use super::pipeline::{Config, Pipeline};
 use super::pipelines::Pipelines;
 use crate::console::{MoveError, Moved, StuckBranch};
@@ -67,11 +68,24 @@ impl Pipelines {
         let old = self.logs.embedded(&name)?.ok_or_else(unknown)?;
         pipeline.set_moving(true);
         let result = self.carry_over(&pipeline, &old, &plan, &path, text, patience).await;
-        if result.is_err() {
-            pipeline.set_moving(false);
-            old.hold_releases(false);
+        let moved = match result {
+            Ok(moved) => moved,
+            Err(error) => {
+                pipeline.set_moving(false);
+                old.hold_releases(false);
+                return Err(error);
+            }
+        };
+        // The file is switched: from here on there is no way back. Writes hear 503 until the new log is open.
+        let found = Found { namespace: name.clone(), plan: Ok(Arc::clone(&plan)) };
+        if let Err(error) = self.begin(name.clone(), Some(plan), Config::Current).await {
+            warn!(ns = %name, %error, "moved, but the new log is not open yet; it is tried again");
+            tokio::spawn(Arc::clone(self).settle_change(name.clone(), Some(found)));
+            return Err(error.into());
         }
-        result
+        self.logs.delete_embedded(&name).await?;
+        info!(ns = %name, ?moved, "moved to another log");
+        Ok(moved)
     }
 
     async fn carry_over(
@@ -110,10 +124,6 @@ impl Pipelines {
             pipeline.apply(pipeline.plan(), Config::Current).await?;
             return Err(MoveError::Refused(format!("{} could not be written: {cause}", path.display())));
         }
-        self.forget(name);
-        self.begin(name.clone(), Some(Arc::clone(plan)), Config::Current).await?;
-        self.logs.delete_embedded(name).await?;
-        info!(ns = %name, ?moved, "moved to another log");
         Ok(moved)
     }
 }

@@ -125,7 +125,7 @@ impl Pipelines {
 
     /// Changes one namespace; what failed because a server is away is tried again until it is there, or until the files are
     /// read anew.
-    async fn settle_change(self: Arc<Self>, name: Namespace, found: Option<Found>) {
+    pub(super) async fn settle_change(self: Arc<Self>, name: Namespace, found: Option<Found>) {
         let turn = {
             let mut changes = self.changes.lock();
             let entry = changes.entry(name.clone()).or_default();
@@ -172,7 +172,8 @@ impl Pipelines {
 
     /// One namespace: `found` is what its file says now, `None` = the file is gone.
     async fn change(&self, name: Namespace, found: Option<Found>) -> Result<(), LogError> {
-        let running = self.get(&name);
+        // What has moved away is replaced by what runs on the new log.
+        let running = self.get(&name).filter(|pipeline| !pipeline.is_moving());
         let (plan, config) = match (found.map(|found| found.plan), &running) {
             (Some(Ok(plan)), _) => (Some(plan), Config::Current),
             (Some(Err(problem)), _) => (None, Config::Stale(problem)),
@@ -240,11 +241,6 @@ impl Pipelines {
             }
         }
         plans
-    }
-
-    /// Takes out a namespace whose branches have ended.
-    pub(super) fn forget(&self, name: &Namespace) {
-        self.set.write().remove(name);
     }
 
     /// A namespace that runs, or drains.

@@ -21,6 +21,7 @@ mod hostile;
 mod http;
 mod kafka;
 mod kafka_faults;
+mod moving;
 mod outage;
 mod proxy;
 mod quickstart;

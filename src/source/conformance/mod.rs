@@ -203,6 +203,15 @@ async fn until_counts(shelf: &Arc<dyn Shelf>, fine: impl Fn(&ShelfCounts) -> boo
     }
 }
 
+/// Waits until the log says that it ends there: a broker's may be a little behind.
+async fn until_end(log: &Arc<dyn Log>, end: u64) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while log.end().single() != Position(end) {
+        assert!(std::time::Instant::now() < deadline, "{:?} is the end, not {end}", log.end());
+        tokio::task::yield_now().await;
+    }
+}
+
 /// Waits until the log keeps these revisions.
 async fn until_epochs(log: &Arc<dyn Log>, expected: &[u32]) {
     let numbers = || log.epochs().iter().map(|epoch| epoch.number).collect::<Vec<_>>();
