@@ -4,6 +4,6 @@
 
 pub mod kafka;
 pub mod postgres;
-pub mod sqs;
 pub mod probe;
+pub mod sqs;
 pub mod tls;

@@ -57,6 +57,10 @@ impl Account {
             let message = "the endpoint is no http:// or https:// address".to_owned();
             faults.push(("/endpoint", message, "http://127.0.0.1:9324; leave it out for Amazon's own"));
         }
+        if self.endpoint.as_ref().is_some_and(|endpoint| endpoint.contains('@')) {
+            let message = "the endpoint names a user".to_owned();
+            faults.push(("/endpoint", message, "http://127.0.0.1:9324; who we are stands under access_key_id"));
+        }
         if self.access_key_id.is_some() != self.secret_access_key.is_some() {
             let message = "access_key_id and secret_access_key belong together".to_owned();
             faults.push(("/access_key_id", message, "give both, or neither and use what the AWS tools use too"));
@@ -101,9 +105,8 @@ impl Account {
     /// The connection of these settings, shared with everybody who has equal ones. Touches no network.
     pub fn connection(&self) -> Arc<Connection> {
         static CONNECTIONS: Shared<Account, Connection> = Shared::new();
-        let made = CONNECTIONS.get(self.clone(), || {
-            Ok::<_, Infallible>(Connection { account: self.clone(), client: OnceCell::new() })
-        });
+        let made = CONNECTIONS
+            .get(self.clone(), || Ok::<_, Infallible>(Connection { account: self.clone(), client: OnceCell::new() }));
         match made {
             Ok(connection) => connection,
         }
@@ -161,7 +164,8 @@ impl Connection {
 
 /// What differs for a request that waits for messages: it may take longer than the wait.
 pub fn for_polls() -> Builder {
-    let times = TimeoutConfig::builder().connect_timeout(CONNECT).operation_attempt_timeout(POLL).operation_timeout(POLL);
+    let times =
+        TimeoutConfig::builder().connect_timeout(CONNECT).operation_attempt_timeout(POLL).operation_timeout(POLL);
     aws_sdk_sqs::Config::builder().timeout_config(times.build())
 }
 
@@ -216,7 +220,8 @@ where
         SdkError::DispatchFailure(dispatch) => {
             let cause = dispatch.as_connector_error().map_or_else(String::new, |error| innermost(error));
             // No time is set for reading, so what timed out was the connection.
-            let never = dispatch.is_timeout() || dispatch.as_connector_error().is_some_and(|error| never_connected(error));
+            let never =
+                dispatch.is_timeout() || dispatch.as_connector_error().is_some_and(|error| never_connected(error));
             if never {
                 return failure(Reached::Never, format!("{at} cannot be reached ({cause}): is the address right?"));
             }
@@ -238,7 +243,9 @@ where
 fn no_credentials(cause: &str) -> String {
     // The cause names providers that were tried; of one that we were given nothing can be missing.
     let cause: String = cause.chars().take(200).collect();
-    format!("there are no usable credentials: set access_key_id and secret_access_key, or what the AWS tools use ({cause})")
+    format!(
+        "there are no usable credentials: set access_key_id and secret_access_key, or what the AWS tools use ({cause})"
+    )
 }
 
 /// What a refusal means.
@@ -252,7 +259,9 @@ fn refusal(code: &str, message: &str, status: u16, action: &str, account: &Accou
         no_queue = true;
         format!("there is no queue {queue} at {at}; make it: {}", create_command(account, queue))
     } else if is(&["AccessDenied", "AccessDeniedException"]) {
-        format!("these credentials lack the right sqs:{action} on queue {queue}: give it in the user's or the queue's policy")
+        format!(
+            "these credentials lack the right sqs:{action} on queue {queue}: give it in the user's or the queue's policy"
+        )
     } else if is(&[
         "InvalidClientTokenId",
         "UnrecognizedClientException",
@@ -264,7 +273,9 @@ fn refusal(code: &str, message: &str, status: u16, action: &str, account: &Accou
         "IncompleteSignature",
         "AuthFailure",
     ]) {
-        format!("{at} does not accept these credentials ({code}): is access_key_id right, and its secret, and the region?")
+        format!(
+            "{at} does not accept these credentials ({code}): is access_key_id right, and its secret, and the region?"
+        )
     } else if is(&["ExpiredToken", "ExpiredTokenException", "RequestExpired"]) {
         format!("the credentials have expired, or this machine's clock is wrong ({code})")
     } else if is(&["RequestThrottled", "ThrottlingException", "Throttling", "TooManyRequestsException"]) {
@@ -307,7 +318,9 @@ fn innermost(error: &(dyn StdError + 'static)) -> String {
 fn never_connected(error: &(dyn StdError + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
-        if error.downcast_ref::<hyper_util::client::legacy::Error>().is_some_and(hyper_util::client::legacy::Error::is_connect)
+        if error
+            .downcast_ref::<hyper_util::client::legacy::Error>()
+            .is_some_and(hyper_util::client::legacy::Error::is_connect)
         {
             return true;
         }
@@ -378,6 +391,7 @@ mod tests {
     fn halves_of_a_key_and_odd_endpoints_are_faults() {
         let fault = |account: Account| account.faults().first().map(|fault| fault.0);
         assert_eq!(fault(account(Some("127.0.0.1:9324"))), Some("/endpoint"));
+        assert_eq!(fault(account(Some("http://user:hush@127.0.0.1:9324"))), Some("/endpoint"));
         assert_eq!(fault(Account { secret_access_key: None, ..account(None) }), Some("/access_key_id"));
         assert_eq!(fault(account(Some("http://127.0.0.1:9324"))), None);
     }

@@ -106,7 +106,9 @@ impl Held {
         self.waiting_bytes = 0;
         let left = self.messages.extract_if(|_, holding| holding.state != State::Ended);
         let mut left: Vec<(u64, bool, Receipt)> = left
-            .map(|(id, holding)| (holding.turn, holding.stale, Receipt { id, handle: holding.handle, group: holding.group }))
+            .map(|(id, holding)| {
+                (holding.turn, holding.stale, Receipt { id, handle: holding.handle, group: holding.group })
+            })
             .collect();
         left.sort_unstable_by_key(|(turn, ..)| *turn);
         left.into_iter().filter(|(_, stale, _)| !stale).map(|(.., receipt)| receipt).collect()
@@ -270,8 +272,7 @@ impl Held {
             .iter()
             .filter(|(_, holding)| wanted(holding))
             .map(|(id, holding)| {
-                let receipt =
-                    Receipt { id: id.clone(), handle: holding.handle.clone(), group: holding.group.clone() };
+                let receipt = Receipt { id: id.clone(), handle: holding.handle.clone(), group: holding.group.clone() };
                 (holding.turn, receipt)
             })
             .collect();

@@ -56,7 +56,8 @@ impl Outgoing {
         let mut envelope = Vec::new();
         bare.encode(&mut envelope);
         let (body, flag) = body_of(&record.payload);
-        let mut outgoing = Self { body, attributes: Vec::new(), group: None, deduplication: None, due_at: None, size: 0 };
+        let mut outgoing =
+            Self { body, attributes: Vec::new(), group: None, deduplication: None, due_at: None, size: 0 };
         outgoing.size = outgoing.body.len();
         outgoing.size += ENVELOPE.len() + "Binary".len() + envelope.len();
         let value = MessageAttributeValue::builder().data_type("Binary").binary_value(Blob::new(envelope)).build();
@@ -96,7 +97,8 @@ impl Outgoing {
             let id = letter.record.id;
             tracing::warn!(%id, reason, error, "a dead letter is so large that the queue takes no more than its payload");
             outgoing.attributes.retain(|(name, _)| *name == BODY);
-            outgoing.size = outgoing.body.len() + outgoing.attributes.len() * (BODY.len() + "String".len() + BASE64.len());
+            outgoing.size =
+                outgoing.body.len() + outgoing.attributes.len() * (BODY.len() + "String".len() + BASE64.len());
         }
         outgoing
     }
@@ -206,7 +208,12 @@ pub(super) fn received(message: Message, fifo: bool, number: u32) -> Option<Rece
             let binary = serde_json::from_slice::<serde::de::IgnoredAny>(&payload).is_err();
             let key = group.as_deref().map(Into::into);
             let at = Timestamp::from_millis(sent);
-            Record { key, binary, headers: headers(attributes), ..Record::new(foreign_id(&id, at, number), at, payload) }
+            Record {
+                key,
+                binary,
+                headers: headers(attributes),
+                ..Record::new(foreign_id(&id, at, number), at, payload)
+            }
         }
     };
     Some(Received { id: id.into(), handle, group, record })
@@ -262,7 +269,9 @@ mod tests {
 
     #[test]
     fn every_payload_comes_back_as_it_was() {
-        for payload in [&b"{\"a\":1}"[..], b"", b"\x00\xff", "h\u{e9}llo \u{1f600}\r\n\t".as_bytes(), "\u{1}\u{FFFF}".as_bytes()] {
+        for payload in
+            [&b"{\"a\":1}"[..], b"", b"\x00\xff", "h\u{e9}llo \u{1f600}\r\n\t".as_bytes(), "\u{1}\u{FFFF}".as_bytes()]
+        {
             let record = Record { payload: Bytes::copy_from_slice(payload), key: Some("k".into()), ..record("") };
             assert_eq!(back(&record), record);
         }
@@ -286,7 +295,8 @@ mod tests {
 
     #[test]
     fn an_idempotency_key_makes_one_of_the_same_write_and_never_of_two_different_ones() {
-        let write = |key: Option<&str>, payload: &str| Record { idempotency_key: key.map(Into::into), ..record(payload) };
+        let write =
+            |key: Option<&str>, payload: &str| Record { idempotency_key: key.map(Into::into), ..record(payload) };
         let id = |record: &Record| deduplication_id(record);
         assert_eq!(id(&write(Some("k"), "1")), id(&write(Some("k"), "1")));
         assert_ne!(id(&write(Some("k"), "1")), id(&write(Some("k"), "2")));
@@ -319,7 +329,8 @@ mod tests {
 
     #[test]
     fn a_message_of_another_program_has_the_same_id_each_time() {
-        let text = |text: &str| MessageAttributeValue::builder().data_type("String").string_value(text).build().unwrap();
+        let text =
+            |text: &str| MessageAttributeValue::builder().data_type("String").string_value(text).build().unwrap();
         let message = Message::builder()
             .message_id("m-1")
             .receipt_handle("h")

@@ -15,6 +15,7 @@ mod sender;
 mod tests;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -39,7 +40,7 @@ use crate::record::{Position, Record, RecordId};
 use crate::units::Span;
 
 /// `source.sqs:` — a queue that exists. A name that ends with `.fifo` is one that keeps the order of each key.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SqsSourceSpec {
     /// The queue, by its name or URL. Other programs may write to it too.
@@ -51,7 +52,7 @@ pub struct SqsSourceSpec {
     /// Who we are. Default: what the AWS tools use too (environment, profile, role of the machine).
     pub access_key_id: Option<String>,
     /// The secret of that key.
-    pub secret_access_key: Option<Secret>,
+    pub secret_access_key: Option<String>,
     /// How long a message stays invisible to others when this process is gone; held on to while it is there. Default: 60s.
     /// Minimum: 1s.
     pub visibility: Span,
@@ -62,14 +63,14 @@ pub struct SqsSourceSpec {
     pub dead_letters: Option<String>,
 }
 
-/// A text that is not shown.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(transparent)]
-pub struct Secret(pub String);
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("[secret]")
+impl fmt::Debug for SqsSourceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqsSourceSpec")
+            .field("queue", &queue_name(&self.queue))
+            .field("account", &self.account())
+            .field("visibility", &self.visibility)
+            .field("receivers", &self.receivers)
+            .finish_non_exhaustive()
     }
 }
 
@@ -95,7 +96,7 @@ impl SqsSourceSpec {
             region: self.region.clone(),
             endpoint: self.endpoint.clone(),
             access_key_id: self.access_key_id.clone(),
-            secret_access_key: self.secret_access_key.as_ref().map(|secret| secret.0.clone()),
+            secret_access_key: self.secret_access_key.clone(),
         }
         .for_queue(&self.queue)
     }
@@ -351,5 +352,4 @@ impl Broker for Sqs {
 }
 
 /// Why a dead letter cannot be kept.
-const NO_DEAD_LETTERS: &str =
-    "there is no shelf and no queue for dead letters: name one under source.sqs.dead_letters, or a shelf under source.shelf";
+const NO_DEAD_LETTERS: &str = "there is no shelf and no queue for dead letters: name one under source.sqs.dead_letters, or a shelf under source.shelf";

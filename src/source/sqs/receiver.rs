@@ -16,7 +16,7 @@ use aws_sdk_sqs::types::{
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -36,6 +36,8 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::fro
 const FLIGHTS: usize = 8;
 /// How long a stop, or another reader, waits for what is given back or deleted.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a stop waits for polls that are under way, after the last of them that brought something.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// What the readers of one queue share.
 pub(super) struct Receiving {
@@ -55,6 +57,8 @@ pub(super) struct Receiving {
     deleted: Notify,
     releases: Mutex<Vec<JoinHandle<()>>>,
     duplicates: AtomicU64,
+    /// How many polls are under way.
+    polls: watch::Sender<usize>,
     stopped: CancellationToken,
 }
 
@@ -78,6 +82,7 @@ impl Receiving {
             deleted: Notify::new(),
             releases: Mutex::default(),
             duplicates: AtomicU64::new(0),
+            polls: watch::Sender::new(0),
             stopped,
         })
     }
@@ -135,6 +140,7 @@ impl Receiving {
     pub(super) async fn close(&self) {
         let left = self.held.lock().displace();
         self.release_now(left).await;
+        self.last_polls().await;
         self.released().await;
         let cleaned = async {
             loop {
@@ -150,6 +156,17 @@ impl Receiving {
         }
     }
 
+    /// Waits for polls that are under way: what is given back goes to them first, and a broken one would keep it invisible.
+    /// Where nothing comes any more, nobody waits for them to end.
+    async fn last_polls(&self) {
+        let mut polls = self.polls.subscribe();
+        while *polls.borrow_and_update() > 0 {
+            if tokio::time::timeout(QUIET, polls.changed()).await.is_err() {
+                return;
+            }
+        }
+    }
+
     fn twice(&self, count: u64) {
         self.duplicates.fetch_add(count, Ordering::Relaxed);
     }
@@ -158,11 +175,13 @@ impl Receiving {
         let mut wait = BACKOFF.0;
         loop {
             self.wanted().await;
-            match self.receive().await {
-                Ok(messages) => {
+            self.polls.send_modify(|polls| *polls += 1);
+            let received = self.receive().await.map(|messages| self.arrive(messages));
+            self.polls.send_modify(|polls| *polls -= 1);
+            match received {
+                Ok(()) => {
                     wait = BACKOFF.0;
                     self.queue.fine("receive");
-                    self.arrive(messages);
                 }
                 Err(failure) => {
                     self.queue.failed("receive", &failure);
@@ -392,10 +411,7 @@ impl Receiving {
         }
     }
 
-    async fn try_delete<'a>(
-        &self,
-        batch: &'a [Receipt],
-    ) -> Result<Vec<(&'a Receipt, BatchResultErrorEntry)>, Failure> {
+    async fn try_delete<'a>(&self, batch: &'a [Receipt]) -> Result<Vec<(&'a Receipt, BatchResultErrorEntry)>, Failure> {
         let facts = self.queue.facts().await?;
         let entry = |(index, receipt): (usize, &Receipt)| {
             DeleteMessageBatchRequestEntry::builder().id(index.to_string()).receipt_handle(&receipt.handle).build().ok()
@@ -407,7 +423,12 @@ impl Receiving {
     }
 
     /// The next records of a reader; `None` if it has to wait, and until when at the latest.
-    fn take(&self, session: u64, records: usize, bytes: usize) -> Result<Result<Vec<Entry>, Option<Timestamp>>, LogError> {
+    fn take(
+        &self,
+        session: u64,
+        records: usize,
+        bytes: usize,
+    ) -> Result<Result<Vec<Entry>, Option<Timestamp>>, LogError> {
         let mut held = self.held.lock();
         if !held.is_open(session) || self.stopped.is_cancelled() {
             return Err(LogError::Closed("the queue is not read here any more".into()));

@@ -177,7 +177,8 @@ impl Sender {
         // A queue has no places; the reader counts for itself.
         answer.successful.iter().for_each(|sent| put(&sent.id, Ok(Position(0))));
         for failed in &answer.failed {
-            let why = format!("SQS refused the message: {} {}", failed.code, failed.message.as_deref().unwrap_or_default());
+            let why =
+                format!("SQS refused the message: {} {}", failed.code, failed.message.as_deref().unwrap_or_default());
             let reason = why.trim_end().into();
             let outcome =
                 if failed.sender_fault { AdmitError::Unavailable { reason } } else { AdmitError::Unknown { reason } };
@@ -225,7 +226,8 @@ mod tests {
 
     fn item(key: Option<&str>, size: usize) -> Item {
         let record = Record { key: key.map(Into::into), ..record("1") };
-        let outgoing = Outgoing { size, ..Outgoing::of(&record, key.is_some()) };
+        let mut outgoing = Outgoing::of(&record, key.is_some());
+        outgoing.size = size;
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         Item { outgoing, answer: oneshot::channel().0, _room: Arc::new(room) }
     }
