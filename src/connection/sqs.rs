@@ -297,10 +297,12 @@ pub fn create_command(account: &Account, queue: &str) -> String {
         command.push_str(" --attributes FifoQueue=true");
     }
     if let Some(region) = &account.region {
-        command.push_str(&format!(" --region {region}"));
+        command.push_str(" --region ");
+        command.push_str(region);
     }
     if account.endpoint.is_some() {
-        command.push_str(&format!(" --endpoint-url {}", account.shown()));
+        command.push_str(" --endpoint-url ");
+        command.push_str(&account.shown());
     }
     command
 }

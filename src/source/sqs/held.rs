@@ -390,7 +390,7 @@ mod tests {
             let delete = held.next_deletes(10).remove(0);
             assert!(!held.not_deleted(&delete, false, false));
         }
-        let tries = (1..).find(|_| {
+        let tries = (1..20).find(|_| {
             let delete = held.next_deletes(10).remove(0);
             held.not_deleted(&delete, true, false)
         });

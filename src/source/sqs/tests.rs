@@ -11,7 +11,8 @@ use futures::future::join_all;
 use super::*;
 use crate::clock::Timestamp;
 use crate::record::RecordId;
-use crate::source::{DeadReason, Entry, RowKey, Subscription};
+use crate::source::foreign::{First, Foreign, Settings};
+use crate::source::{Admitted, DeadReason, Entry, Log, RowKey, Settlement, Shelf, Start, Subscription, Write};
 
 /// Longest wait for anything; a wait that needs it has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -145,17 +146,30 @@ fn payloads(entries: &[Entry]) -> Vec<String> {
     entries.iter().map(|entry| String::from_utf8_lossy(&entry.record.payload).into_owned()).collect()
 }
 
-/// Waits until the broker says that something is wrong, and what.
-async fn trouble(sqs: &Sqs) -> String {
+fn letter() -> DeadLetter {
+    DeadLetter {
+        row: RowKey { position: Position(1), child: 0 },
+        branch: branch(),
+        at: Timestamp::from_millis(1_764_000_000_000),
+        reason: DeadReason::Refused,
+        attempts: 3,
+        last_error: "no \u{1}such row".into(),
+        stage: "sink".into(),
+        revision: "1".into(),
+        record: record(Some("k"), "{\"a\":1}"),
+        rendered: None,
+        overtaken: false,
+    }
+}
+
+/// Waits until the broker says that this is wrong.
+async fn until_trouble(sqs: &Sqs, what: &str) {
     let told = async {
-        loop {
-            if let Some(trouble) = sqs.trouble() {
-                return trouble;
-            }
+        while !sqs.trouble().is_some_and(|trouble| trouble.contains(what)) {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(PATIENCE, told).await.expect("nothing was wrong")
+    assert!(tokio::time::timeout(PATIENCE, told).await.is_ok(), "{:?}", sqs.trouble());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -452,11 +466,10 @@ async fn a_queue_that_goes_away_is_an_alarm_and_the_next_one_is_read() {
     appended(&sqs, &[record(None, "1")]).await;
     read(&mut *reader, 1).await;
     bench.client.delete_queue().queue_url(&bench.url).send().await.unwrap();
-    let told = trouble(&sqs).await;
-    assert!(told.contains("aws sqs create-queue"), "{told}");
+    until_trouble(&sqs, "aws sqs create-queue").await;
     bench.make(&bench.spec.queue).await;
     let deadline = Clock::system().now().saturating_add(PATIENCE);
-    while !sqs.append(vec![record(None, "2")]).await.is_ok() {
+    while sqs.append(vec![record(None, "2")]).await.is_err() {
         assert!(Clock::system().now() < deadline, "it is not found again");
     }
     assert_eq!(payloads(&read(&mut *reader, 1).await), ["2"]);
@@ -466,19 +479,7 @@ async fn a_queue_that_goes_away_is_an_alarm_and_the_next_one_is_read() {
 #[ignore = "needs WALFLOW_TEST_SQS: run tests/run"]
 async fn dead_letters_go_to_a_queue_with_their_reason() {
     let mut bench = Bench::new("").await;
-    let letter = DeadLetter {
-        row: RowKey { position: Position(1), child: 0 },
-        branch: branch(),
-        at: Timestamp::from_millis(1_764_000_000_000),
-        reason: DeadReason::Refused,
-        attempts: 3,
-        last_error: "no \u{1}such row".into(),
-        stage: "sink".into(),
-        revision: "1".into(),
-        record: record(Some("k"), "{\"a\":1}"),
-        rendered: None,
-        overtaken: false,
-    };
+    let letter = letter();
     let nowhere = bench.open().bury(vec![letter.clone()]).await.unwrap_err().to_string();
     assert!(nowhere.contains("source.sqs.dead_letters"), "{nowhere}");
     let dead = format!("{}-dead", bench.spec.queue);
@@ -516,6 +517,38 @@ async fn a_second_branch_is_refused_and_a_renamed_one_goes_on() {
     assert_eq!((lag.records, lag.oldest.is_some()), (1, true));
     sqs.forget(&other).await.unwrap();
     assert!(sqs.open(&branch(), Begin::Latest).await.is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs WALFLOW_TEST_SQS: run tests/run"]
+async fn without_a_shelf_a_pair_admits_delays_a_little_and_buries() {
+    let mut bench = Bench::new("").await;
+    let dead = format!("{}-dead", bench.spec.queue);
+    let dead_url = bench.make(&dead).await;
+    bench.spec.dead_letters = Some(dead);
+    let settings = Settings { key_window: Duration::from_secs(60), number: 7, first: First::Earliest };
+    let pair = Foreign::new(open(&bench.spec, &context()).unwrap(), None, settings, Clock::system());
+    assert_eq!(Log::caps(&pair).max_delay, Some(Duration::from_secs(900)));
+    let write = |payload: &'static str, delay: Option<u64>| {
+        let due_at = delay.map(|after| Clock::system().now().saturating_add(Duration::from_secs(after)));
+        Write { record: (*record(None, payload)).clone(), due_at, idempotency: None }
+    };
+    let admitted = pair.admit(vec![write("now", None), write("soon", Some(1))]).await.unwrap();
+    assert!(matches!(admitted[..], [Admitted::Appended { .. }, Admitted::Parked { .. }]), "{admitted:?}");
+    let refused = pair.admit(vec![write("too late", Some(901))]).await.unwrap_err();
+    assert!(matches!(refused, AdmitError::Unsupported(_)), "{refused:?}");
+    let mut start = pair.open_branch(&branch(), Start::Earliest).await.unwrap();
+    let entries = read(&mut *start.subscription, 2).await;
+    assert_eq!(payloads(&entries), ["now", "soon"]);
+    assert_eq!(pair.end().single(), entries[1].position);
+    let letter = DeadLetter { record: Arc::clone(&entries[0].record), ..letter() };
+    let ended = entries.iter().map(|entry| entry.position).collect();
+    let settlement = Settlement { ended, dead: vec![letter], ..Settlement::default() };
+    pair.settle(&branch(), settlement).await.unwrap();
+    bench.until_left(0).await;
+    assert_eq!(bench.receive(&dead_url, 5).await.len(), 1);
+    drop(start);
+    pair.close().await;
 }
 
 #[tokio::test]
