@@ -233,7 +233,7 @@ where
         SdkError::ConstructionFailure(failed) => failure(Reached::Never, no_credentials(&format!("{failed:?}"))),
         SdkError::ServiceError(refused) => {
             let status = refused.raw().status().as_u16();
-            let (code, message) = (error.code().unwrap_or("no code"), error.message().unwrap_or_default());
+            let (code, message) = (error.code().unwrap_or_default(), error.message().unwrap_or_default());
             refusal(code, message, status, action, account, queue)
         }
         _ => failure(Reached::Perhaps, format!("what answers at {at} does not speak SQS: is the address right?")),
@@ -241,10 +241,11 @@ where
 }
 
 fn no_credentials(cause: &str) -> String {
-    // The cause names providers that were tried; of one that we were given nothing can be missing.
-    let cause: String = cause.chars().take(200).collect();
+    // It lists what was tried, over several lines.
+    let cause: String = cause.split_whitespace().flat_map(|word| [word, " "]).collect();
+    let cause: String = cause.trim_end().chars().take(120).collect();
     format!(
-        "there are no usable credentials: set access_key_id and secret_access_key, or what the AWS tools use ({cause})"
+        "there are no usable credentials: set access_key_id and secret_access_key, or what the AWS tools use ({cause} …)"
     )
 }
 
@@ -283,6 +284,8 @@ fn refusal(code: &str, message: &str, status: u16, action: &str, account: &Accou
         format!("{at} asks us to be slower ({code})")
     } else if code.starts_with("Kms") || code.starts_with("KMS.") {
         format!("the key that encrypts queue {queue} cannot be used ({code}): {message}")
+    } else if code.is_empty() {
+        format!("{at} answered {status} and not why: is it the address of SQS?")
     } else {
         format!("{at} answered {code} ({status}): {message}")
     };

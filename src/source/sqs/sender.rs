@@ -1,4 +1,7 @@
-//! Writes on their way into a queue: batches of ten, several under way at once, and of a FIFO queue's group only one.
+//! Writes on their way into a queue: batches of ten, several under way at once.
+//!
+//! Of a FIFO queue's group one message is under way and no more: a batch may fail in part, and what stands behind a message
+//! that was not taken must not be taken either, or it would overtake when that one is repeated.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -153,6 +156,9 @@ impl Sender {
             }
         };
         for (item, outcome) in batch.into_iter().zip(outcomes.drain(..)) {
+            if let (Err(_), Some(group)) = (&outcome, &item.outgoing.group) {
+                refuse_behind(&mut self.pending.lock(), group);
+            }
             // Who waited may be gone; what was written stays written.
             let _ = item.answer.send(outcome);
         }
@@ -198,18 +204,17 @@ fn refused(failure: &Failure) -> AdmitError {
     }
 }
 
-/// The next messages that may go together: in their order, none whose group is under way, and none that would overtake
-/// another of its group.
+/// The next messages that may go together: in their order, of each group only the first, and none while another of its group
+/// is under way.
 fn next_batch(pending: &mut VecDeque<Item>, busy: &HashSet<Box<str>>) -> Vec<Item> {
-    let (mut batch, mut bytes, mut passed_by) = (Vec::new(), 0, HashSet::new());
+    let (mut batch, mut bytes, mut seen) = (Vec::new(), 0, HashSet::new());
     let (mut at, mut looked) = (0, 0);
     while batch.len() < BATCH && looked < SCAN {
         looked += 1;
         let Some(item) = pending.get(at) else { break };
         let group = item.outgoing.group.clone();
-        let blocked = group.as_ref().is_some_and(|group| busy.contains(group) || passed_by.contains(group));
+        let blocked = group.is_some_and(|group| busy.contains(&group) || !seen.insert(group));
         if blocked || bytes + item.outgoing.size > LARGEST {
-            passed_by.extend(group);
             at += 1;
             continue;
         }
@@ -217,6 +222,19 @@ fn next_batch(pending: &mut VecDeque<Item>, busy: &HashSet<Box<str>>) -> Vec<Ite
         batch.extend(pending.remove(at));
     }
     batch
+}
+
+/// One of the group was not taken: what was handed over behind it is not sent.
+fn refuse_behind(pending: &mut VecDeque<Item>, group: &str) {
+    let reason: Arc<str> = "an earlier record of this key was not taken, and nothing overtakes it".into();
+    let (behind, others) =
+        std::mem::take(pending).into_iter().partition(|item: &Item| item.outgoing.group.as_deref() == Some(group));
+    *pending = others;
+    let behind: VecDeque<Item> = behind;
+    for item in behind {
+        // Nobody waits only if the call was dropped.
+        let _ = item.answer.send(Err(AdmitError::Unavailable { reason: Arc::clone(&reason) }));
+    }
 }
 
 #[cfg(test)]
@@ -249,13 +267,26 @@ mod tests {
     fn a_group_is_under_way_once_and_nothing_of_it_overtakes() {
         let mut pending: VecDeque<Item> =
             [item(Some("a"), 1), item(Some("b"), 2), item(Some("a"), 3)].into_iter().collect();
-        let busy: HashSet<Box<str>> = ["a".into()].into();
-        assert_eq!(sizes(&next_batch(&mut pending, &busy)), [2]);
-        assert_eq!(sizes(&next_batch(&mut pending, &HashSet::new())), [1, 3]);
+        let busy = |group: &str| HashSet::from([group.into()]);
+        assert_eq!(sizes(&next_batch(&mut pending, &busy("a"))), [2]);
+        assert_eq!(sizes(&next_batch(&mut pending, &busy("b"))), [1]);
+        assert!(next_batch(&mut pending, &busy("a")).is_empty());
+        assert_eq!(sizes(&next_batch(&mut pending, &busy("b"))), [3]);
         // The large one of `c` does not fit any more, so the small one behind it has to wait too.
         let mut pending: VecDeque<Item> =
             [item(Some("a"), LARGEST - 10), item(Some("c"), 20), item(Some("c"), 1)].into_iter().collect();
         assert_eq!(sizes(&next_batch(&mut pending, &HashSet::new())), [LARGEST - 10]);
-        assert_eq!(sizes(&next_batch(&mut pending, &HashSet::new())), [20, 1]);
+        assert_eq!(sizes(&next_batch(&mut pending, &HashSet::new())), [20]);
+    }
+
+    #[test]
+    fn what_stands_behind_one_that_was_not_taken_is_refused_and_others_are_not() {
+        let mut pending: VecDeque<Item> =
+            [item(Some("a"), 1), item(Some("b"), 2), item(Some("a"), 3)].into_iter().collect();
+        let (answer, mut wait) = oneshot::channel();
+        pending[2].answer = answer;
+        refuse_behind(&mut pending, "a");
+        assert!(matches!(wait.try_recv(), Ok(Err(AdmitError::Unavailable { .. }))));
+        assert_eq!(pending.iter().map(|item| item.outgoing.size).collect::<Vec<_>>(), [2]);
     }
 }
