@@ -5,6 +5,9 @@
 //! interrupted may be sent twice (on a FIFO queue not within five minutes, by its deduplication id). The queue itself deletes
 //! what nobody has ended within its retention period, and its redrive policy takes away what was received too often; each
 //! restart is one more receipt.
+//!
+//! It needs the rights sqs:GetQueueUrl, GetQueueAttributes, SendMessage, ReceiveMessage, DeleteMessage and
+//! ChangeMessageVisibility.
 
 mod held;
 mod message;

@@ -17,6 +17,8 @@ pub(super) const LARGEST: usize = 1 << 20;
 const FRESH: Duration = Duration::from_secs(1);
 /// So long the queue's depth is not asked again.
 const DEPTH_FRESH: Duration = Duration::from_secs(5);
+/// So long something is wrong that nobody has tried again: a write that failed may be the last one for a while.
+const TROUBLED: Duration = Duration::from_secs(120);
 /// Messages that were received so often and not deleted are taken away by the queue itself; fewer than these are soon spent,
 /// since every restart of a process is a receipt.
 const ENOUGH_RECEIPTS: u32 = 20;
@@ -84,7 +86,7 @@ pub(super) struct Queue {
     facts: Mutex<Option<Arc<Facts>>>,
     looking: tokio::sync::Mutex<Option<(Instant, Failure)>>,
     depth: Mutex<Depth>,
-    troubles: Mutex<BTreeMap<&'static str, String>>,
+    troubles: Mutex<BTreeMap<&'static str, (Instant, String)>>,
 }
 
 impl Queue {
@@ -173,8 +175,8 @@ impl Queue {
 
     /// Remembers, and says once, what is wrong.
     pub(super) fn trouble(&self, act: &'static str, text: &str) {
-        let former = self.troubles.lock().insert(act, text.to_owned());
-        if former.as_deref() != Some(text) {
+        let former = self.troubles.lock().insert(act, (Instant::now(), text.to_owned()));
+        if former.is_none_or(|(_, former)| former != text) {
             tracing::error!(queue = self.name(), act, error = text, "SQS fails, trying again");
         }
     }
@@ -189,7 +191,7 @@ impl Queue {
     /// What is wrong now.
     pub(super) fn troubles(&self) -> Option<String> {
         let troubles = self.troubles.lock();
-        let (act, text) = troubles.iter().next()?;
+        let (act, (_, text)) = troubles.iter().find(|(_, (since, _))| since.elapsed() < TROUBLED)?;
         Some(format!("queue {}: {act}: {text}", self.name()))
     }
 
@@ -234,6 +236,17 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_tries_again_is_not_wrong_for_ever() {
+        let queue = Queue::new(&Account::default(), "orders");
+        queue.trouble("send", "it is away");
+        queue.trouble("receive", "it is away");
+        queue.fine("receive");
+        assert_eq!(queue.troubles().as_deref(), Some("queue orders: send: it is away"));
+        tokio::time::advance(TROUBLED).await;
+        assert_eq!(queue.troubles(), None);
+    }
 
     #[test]
     fn a_redrive_policy_that_is_soon_spent_is_named() {

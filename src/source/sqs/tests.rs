@@ -1,5 +1,7 @@
 //! The whole source against a real server; each case has a queue of its own.
 
+mod pair;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +13,7 @@ use futures::future::join_all;
 use super::*;
 use crate::clock::Timestamp;
 use crate::record::RecordId;
-use crate::source::foreign::{First, Foreign, Settings};
-use crate::source::{Admitted, DeadReason, Entry, Log, RowKey, Settlement, Shelf, Start, Subscription, Write};
+use crate::source::{DeadReason, Entry, RowKey, Subscription};
 
 /// Longest wait for anything; a wait that needs it has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -517,38 +518,6 @@ async fn a_second_branch_is_refused_and_a_renamed_one_goes_on() {
     assert_eq!((lag.records, lag.oldest.is_some()), (1, true));
     sqs.forget(&other).await.unwrap();
     assert!(sqs.open(&branch(), Begin::Latest).await.is_ok());
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs WALFLOW_TEST_SQS: run tests/run"]
-async fn without_a_shelf_a_pair_admits_delays_a_little_and_buries() {
-    let mut bench = Bench::new("").await;
-    let dead = format!("{}-dead", bench.spec.queue);
-    let dead_url = bench.make(&dead).await;
-    bench.spec.dead_letters = Some(dead);
-    let settings = Settings { key_window: Duration::from_secs(60), number: 7, first: First::Earliest };
-    let pair = Foreign::new(open(&bench.spec, &context()).unwrap(), None, settings, Clock::system());
-    assert_eq!(Log::caps(&pair).max_delay, Some(Duration::from_secs(900)));
-    let write = |payload: &'static str, delay: Option<u64>| {
-        let due_at = delay.map(|after| Clock::system().now().saturating_add(Duration::from_secs(after)));
-        Write { record: (*record(None, payload)).clone(), due_at, idempotency: None }
-    };
-    let admitted = pair.admit(vec![write("now", None), write("soon", Some(1))]).await.unwrap();
-    assert!(matches!(admitted[..], [Admitted::Appended { .. }, Admitted::Parked { .. }]), "{admitted:?}");
-    let refused = pair.admit(vec![write("too late", Some(901))]).await.unwrap_err();
-    assert!(matches!(refused, AdmitError::Unsupported(_)), "{refused:?}");
-    let mut start = pair.open_branch(&branch(), Start::Earliest).await.unwrap();
-    let entries = read(&mut *start.subscription, 2).await;
-    assert_eq!(payloads(&entries), ["now", "soon"]);
-    assert_eq!(pair.end().single(), entries[1].position);
-    let letter = DeadLetter { record: Arc::clone(&entries[0].record), ..letter() };
-    let ended = entries.iter().map(|entry| entry.position).collect();
-    let settlement = Settlement { ended, dead: vec![letter], ..Settlement::default() };
-    pair.settle(&branch(), settlement).await.unwrap();
-    bench.until_left(0).await;
-    assert_eq!(bench.receive(&dead_url, 5).await.len(), 1);
-    drop(start);
-    pair.close().await;
 }
 
 #[tokio::test]
