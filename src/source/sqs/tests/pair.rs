@@ -54,10 +54,10 @@ async fn with_a_shelf_a_fifo_queue_delays_knows_keys_and_forgets_no_dead_letter(
         due_at: None,
         idempotency: None,
     };
-    let due_at = Some(Clock::system().now().saturating_add(Duration::from_millis(300)));
+    let due = Clock::system().now().saturating_add(Duration::from_millis(300));
     let key = IdempotencyKey { key: "i".into(), fingerprint: [1; 16] };
     let once = Write { idempotency: Some(key), ..write("1") };
-    let admitted = pair.admit(vec![Write { due_at, ..write("2") }, once.clone()]).await.unwrap();
+    let admitted = pair.admit(vec![Write { due_at: Some(due), ..write("2") }, once.clone()]).await.unwrap();
     assert!(matches!(admitted[..], [Admitted::Parked { .. }, Admitted::Appended { .. }]), "{admitted:?}");
     let again = pair.admit(vec![once]).await.unwrap();
     assert!(matches!(again[..], [Admitted::Repeated { .. }]), "{again:?}");
@@ -71,7 +71,7 @@ async fn with_a_shelf_a_fifo_queue_delays_knows_keys_and_forgets_no_dead_letter(
     pair.settle(&branch(), settlement).await.unwrap();
     let second = read(&mut *start.subscription, 1).await.remove(0);
     assert_eq!(payloads(&[first.clone(), second.clone()]), ["1", "2"]);
-    assert!(second.record.due_at == due_at && due_at.unwrap() <= Clock::system().now());
+    assert!(second.record.due_at == Some(due) && due <= Clock::system().now());
     drop(start);
     // The next reader gets what has no end, and is not told that it has one.
     let mut start = pair.open_branch(&branch(), Start::Earliest).await.unwrap();
