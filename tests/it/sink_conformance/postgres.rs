@@ -64,11 +64,11 @@ impl Target for Rows {
     }
 
     async fn stop(&mut self) {
-        self.proxy.cut();
+        self.proxy.cut().await;
     }
 
     async fn start(&mut self) {
-        self.proxy.restore();
+        self.proxy.restore().await;
     }
 }
 
@@ -154,7 +154,8 @@ async fn records_of_one_key_in_a_batch_are_folded_in_order_and_one_bad_row_is_al
     let all = format!("SELECT string_agg(id || '=' || state, ',' ORDER BY id) FROM {table}");
     assert_eq!(one(&client, &all).await, "1=sent,4=new");
     // Of a key, nothing overtakes what was refused.
-    let with_key = |number, state: &str| keyed(number, Some("k"), &json!({"id": 9, "state": state}).to_string());
+    let with_key =
+        |number: u16, state: &str| keyed(number, Some("k"), &json!({"id": number, "state": state}).to_string());
     let written = sink.write(&[with_key(8, "new"), with_key(9, "bad"), with_key(10, "sent")]).await;
     assert_eq!(verdicts(&written), [(1, Verdict::Never), (2, Verdict::Backoff)]);
 }
