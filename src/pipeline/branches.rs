@@ -188,6 +188,8 @@ impl Branches<'_, '_> {
         let address = match sink.kind {
             "http" | "redis" | "postgres" => Some("url"),
             "file" => Some("path"),
+            "kafka" => Some("brokers"),
+            "sqs" => Some("queue"),
             _ => None,
         };
         if let Some(address) = address
@@ -216,6 +218,8 @@ impl Branches<'_, '_> {
             "file" => Kind::File(self.read(settings, &here)?),
             "http" => Kind::Http { spec: self.read(settings, &here)?, batched: sink.arm.batch.is_some() },
             "postgres" => Kind::Postgres(self.read(settings, &here)?),
+            "kafka" => Kind::Kafka(self.read(settings, &here)?),
+            "sqs" => Kind::Sqs(self.read(settings, &here)?),
             _ => Kind::Redis(self.read(settings, &here)?),
         };
         self.faults(&kind, &over, &here);

@@ -14,7 +14,7 @@ use super::epoch;
 use super::plan::{Plan, Routing, ShelfKind, SourceKind, SourcePlan};
 use crate::delay::{DEFAULT_MAX, Delay, DelayRule};
 use crate::source::foreign::open::SpecFault;
-use crate::source::{BranchName, kafka, postgres};
+use crate::source::{BranchName, kafka, postgres, sqs};
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
@@ -51,6 +51,7 @@ pub fn make(loaded: &Loaded, environment: &Environment, compiler: &Compiler) -> 
     let transform = maker.stages("/transform", &spec.transform);
     let routing = maker.routing(&spec);
     let branches = Branches { maker: &mut maker, spec: &spec }.make();
+    maker.one_branch(&source, branches.len());
     let retired = spec.retired.keys().map(|name| BranchName::from_stored(name)).collect();
     let mut found = std::mem::take(&mut maker.found);
     loaded.diagnostics.append(&mut found);
@@ -148,6 +149,10 @@ impl Maker<'_> {
                 self.source_faults("/source/kafka", kafka::check(kafka));
                 SourceKind::Kafka(Box::new(kafka.clone()))
             }
+            SourceSpec { sqs: Some(sqs), .. } => {
+                self.source_faults("/source/sqs", sqs::check(sqs));
+                SourceKind::Sqs(Box::new(sqs.clone()))
+            }
             SourceSpec { memory: Some(_), .. } => SourceKind::Memory,
             _ => SourceKind::Embedded,
         };
@@ -185,6 +190,16 @@ impl Maker<'_> {
             return ShelfKind::Postgres(Box::new(postgres.clone()));
         }
         if kind.is_foreign() { ShelfKind::None } else { ShelfKind::Own }
+    }
+
+    /// A queue gives each message once, so it has one reader.
+    fn one_branch(&mut self, source: &SourcePlan, branches: usize) {
+        if matches!(source.kind, SourceKind::Sqs(_)) && branches > 1 {
+            let message = format!("a queue has one branch, and this file has {branches}: each message is given once");
+            let found = self.loaded.diagnostic(Code::SourceSetting, "/source/sqs", true, message);
+            let help = "one sink in one region; or a queue and a file for each; or kafka, where every branch reads all";
+            self.found.push(found.help(help.to_owned()));
+        }
     }
 
     fn source_faults(&mut self, here: &str, faults: Vec<SpecFault>) {

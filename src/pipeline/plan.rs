@@ -14,6 +14,7 @@ use crate::sink::Kind;
 use crate::source::BranchName;
 use crate::source::kafka::KafkaSourceSpec;
 use crate::source::postgres::PostgresShelfSpec;
+use crate::source::sqs::SqsSourceSpec;
 use crate::spec::sink::{DeadLettersSpec, Ordering, Otherwise, StartSpec};
 use crate::spec::{BacklogSpec, IdempotencySpec, IngestLimitsSpec, RetentionSpec, TestSpec};
 use crate::transform::{PayloadSchema, Predicate, Transform};
@@ -81,6 +82,8 @@ pub enum SourceKind {
     Memory,
     /// A Kafka topic.
     Kafka(Box<KafkaSourceSpec>),
+    /// An SQS queue.
+    Sqs(Box<SqsSourceSpec>),
 }
 
 impl SourceKind {

@@ -185,6 +185,7 @@ fn source(plan: &Plan) -> Vec<Fact> {
             "Kafka topic",
             "acknowledged by every replica in sync (acks=all) before the answer; brokers do not sync their disks for it",
         ),
+        SourceKind::Sqs(_) => ("SQS queue", "listed under Successful by SQS before the answer"),
     };
     let mut facts = vec![fact("kind", kind), fact("durable", durable)];
     facts.extend(foreign(plan));
@@ -243,6 +244,14 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
             let commands = kafka.commands(plan.namespace.as_str(), &branches);
             facts.extend(commands.into_iter().map(|command| fact("", command)));
         }
+    }
+    if let SourceKind::Sqs(sqs) = &source.kind {
+        let order = if sqs.is_fifo() {
+            "a key's records keep their order (FIFO)"
+        } else {
+            "no order: the queue is a standard one"
+        };
+        facts.push(fact("queue", format!("{}; {order}", sqs.queue)));
     }
     if let ShelfKind::Postgres(shelf) = &source.shelf {
         let host = crate::source::postgres::shown(shelf);
@@ -335,6 +344,14 @@ impl Describe<'_> {
             }
             Kind::Http { spec, batched } => ("http", self.http(spec, *batched)),
             Kind::Redis(redis) => ("redis", self.redis(redis)),
+            Kind::Kafka(spec) => {
+                let brokers = self.shown("brokers", spec.brokers.as_deref().unwrap_or_default());
+                ("kafka", vec![fact("to", format!("topic {} at {brokers}", self.shown("topic", &spec.topic)))])
+            }
+            Kind::Sqs(spec) => (
+                "sqs",
+                vec![fact("to", format!("queue {}", self.shown("queue", spec.queue.as_deref().unwrap_or_default())))],
+            ),
             Kind::Postgres(spec) => {
                 let to = fact("to", self.shown("url", spec.url.as_deref().unwrap_or_default()));
                 (
@@ -432,6 +449,8 @@ impl Describe<'_> {
             Kind::Http { .. } => "http",
             Kind::Redis(_) => "redis",
             Kind::Postgres(_) => "postgres",
+            Kind::Kafka(_) => "kafka",
+            Kind::Sqs(_) => "sqs",
         };
         let region = branch.region.as_deref().map(|region| child("/replicate/regions", region)).unwrap_or_default();
         let over = match &self.plan.routing {

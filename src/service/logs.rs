@@ -20,8 +20,8 @@ use crate::source::foreign::store::Store;
 use crate::source::foreign::{First, Foreign, Settings};
 use crate::source::kafka::{self, KafkaStart};
 use crate::source::memory::Memory;
-use crate::source::postgres;
 use crate::source::{Log, LogError, Shelf};
+use crate::source::{postgres, sqs};
 use crate::spec::OnFull;
 
 /// Every log of the instance.
@@ -171,6 +171,7 @@ impl Logs {
                 let first = if spec.start == KafkaStart::Earliest { First::Earliest } else { First::Latest };
                 (kafka::open(spec, &context)?, first)
             }
+            SourceKind::Sqs(spec) => (sqs::open(spec, &context)?, First::Earliest),
             SourceKind::Embedded | SourceKind::Memory => return Err(LogError::Unsupported("this log has no broker")),
         };
         let pair =

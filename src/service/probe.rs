@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::connection::probe::Probed;
 use crate::pipeline::plan::{BranchPlan, Plan, ShelfKind, SourceKind};
 use crate::sink::{self, SinkContext};
-use crate::source::{kafka, postgres};
+use crate::source::{kafka, postgres, sqs};
 
 /// Nothing is waited for longer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -82,6 +82,7 @@ async fn source(plan: &Plan) -> Vec<Probed> {
             let branches: Vec<String> = plan.branches.iter().map(|branch| branch.name.to_string()).collect();
             kafka::probe(spec, plan.namespace.as_str(), &branches).await
         }
+        SourceKind::Sqs(spec) => vec![sqs::probe(spec).await],
     }
 }
 

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::source::kafka::KafkaSourceSpec;
 use crate::source::postgres::PostgresShelfSpec;
+use crate::source::sqs::SqsSourceSpec;
 use crate::units::{ByteSize, Count, Rate, Span};
 
 /// One namespace's pipeline: source, delay, transform, replicate, sink.
@@ -76,6 +77,8 @@ pub struct SourceSpec {
     pub memory: Option<MemorySpec>,
     /// A Kafka topic.
     pub kafka: Option<KafkaSourceSpec>,
+    /// An SQS queue.
+    pub sqs: Option<SqsSourceSpec>,
     /// What keeps records that wait. Default: the source's own.
     pub shelf: Option<ShelfSpec>,
     /// A bound on unfinished records, by branch.

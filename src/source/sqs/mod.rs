@@ -38,6 +38,7 @@ use super::foreign::broker::{Begin, Broker, BrokerCaps, Handed, Opened};
 use super::foreign::open::{Context, SpecFault};
 use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach};
 use crate::clock::Clock;
+use crate::connection::probe::Probed;
 use crate::connection::sqs::{Account, Failure, is_fifo, queue_name};
 use crate::record::{Position, Record, RecordId};
 use crate::units::Span;
@@ -93,6 +94,11 @@ impl Default for SqsSourceSpec {
 }
 
 impl SqsSourceSpec {
+    /// Whether the queue keeps the order of each key.
+    pub fn is_fifo(&self) -> bool {
+        is_fifo(&self.queue)
+    }
+
     /// Where the queue is and who we are.
     pub fn account(&self) -> Account {
         Account {
@@ -102,6 +108,19 @@ impl SqsSourceSpec {
             secret_access_key: self.secret_access_key.clone(),
         }
         .for_queue(&self.queue)
+    }
+}
+
+/// Looks whether the queue can be used as it is.
+pub async fn probe(spec: &SqsSourceSpec) -> Probed {
+    let queue = Queue::new(&spec.account(), &spec.queue);
+    let what = format!("SQS queue {} at {}", queue.name(), spec.account().shown());
+    match queue.facts().await {
+        Err(failure) => Probed::wrong(what, failure.text),
+        Ok(facts) => {
+            let weak = facts.weakness().map_or(String::new(), |weak| format!("; weak: {weak}"));
+            Probed::fine(what, format!("it is there, {}{weak}", facts.note()))
+        }
     }
 }
 
