@@ -309,7 +309,13 @@ fn one_second(rate: f64) -> u32 {
 /// The only sink as an arm.
 fn as_arm(sink: &SinkSpec) -> ArmSpec {
     ArmSpec {
+        stdout: sink.stdout.clone(),
+        file: sink.file.clone(),
+        http: sink.http.clone(),
         redis: sink.redis.clone(),
+        postgres: sink.postgres.clone(),
+        kafka: sink.kafka.clone(),
+        sqs: sink.sqs.clone(),
         target: sink.target,
         limits: sink.limits.clone(),
         batch: sink.batch.clone(),

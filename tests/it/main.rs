@@ -11,6 +11,7 @@
 )]
 #![expect(unreachable_pub, reason = "the files share what the harness offers")]
 
+mod backends;
 mod command;
 mod crash;
 mod dead_letters;
