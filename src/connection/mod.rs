@@ -5,4 +5,5 @@
 pub mod kafka;
 pub mod postgres;
 pub mod probe;
+pub mod sqs;
 pub mod tls;

@@ -15,6 +15,7 @@ use crate::delay::DelayRule;
 use crate::record::TargetKind;
 use crate::retry::{Jitter, Retry};
 use crate::sink::http::{HttpSpec, verdict_table};
+use crate::sink::postgres;
 use crate::sink::redis::{RedisCommand, RedisSpec};
 use crate::sink::{Kind, delivered_note};
 use crate::spec::diagnostic::mask;
@@ -334,6 +335,15 @@ impl Describe<'_> {
             }
             Kind::Http { spec, batched } => ("http", self.http(spec, *batched)),
             Kind::Redis(redis) => ("redis", self.redis(redis)),
+            Kind::Postgres(spec) => {
+                let to = fact("to", self.shown("url", spec.url.as_deref().unwrap_or_default()));
+                (
+                    "postgres",
+                    std::iter::once(to)
+                        .chain(postgres::steps(spec).into_iter().map(|says| fact("case", says)))
+                        .collect(),
+                )
+            }
         };
         facts.extend(delivered_note(&branch.kind).into_iter().map(|says| fact("delivery", says)));
         if let Some(was) = &branch.was {
@@ -421,6 +431,7 @@ impl Describe<'_> {
             Kind::File(_) => "file",
             Kind::Http { .. } => "http",
             Kind::Redis(_) => "redis",
+            Kind::Postgres(_) => "postgres",
         };
         let region = branch.region.as_deref().map(|region| child("/replicate/regions", region)).unwrap_or_default();
         let over = match &self.plan.routing {

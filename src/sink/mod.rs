@@ -7,6 +7,7 @@ pub mod file;
 pub mod http;
 mod json;
 mod lines;
+pub mod postgres;
 pub mod redis;
 pub mod stdout;
 pub mod template;
@@ -142,6 +143,8 @@ pub enum Kind {
     },
     /// Redis commands.
     Redis(Box<redis::RedisSpec>),
+    /// Rows of a PostgreSQL database.
+    Postgres(Box<postgres::PostgresSpec>),
 }
 
 impl Kind {
@@ -152,6 +155,7 @@ impl Kind {
             Self::File(_) => "file",
             Self::Http { .. } => "http",
             Self::Redis(_) => "redis",
+            Self::Postgres(_) => "postgres",
         }
     }
 }
@@ -234,6 +238,7 @@ pub fn open(kind: &Kind, context: &SinkContext) -> Result<Box<dyn Sink>, OpenErr
         Kind::File(spec) => Box::new(file::FileSink::open(spec, context)?),
         Kind::Http { spec, batched } => Box::new(http::HttpSink::open(spec, *batched, context)?),
         Kind::Redis(spec) => Box::new(redis::RedisSink::open(spec, context)?),
+        Kind::Postgres(spec) => Box::new(postgres::PostgresSink::open(spec, context)?),
     })
 }
 
@@ -244,6 +249,7 @@ pub fn check(kind: &Kind) -> Vec<SpecFault> {
         Kind::File(spec) => file::check(spec),
         Kind::Http { spec, batched } => http::check(spec, *batched),
         Kind::Redis(spec) => redis::check(spec),
+        Kind::Postgres(spec) => postgres::check(spec),
     }
 }
 
@@ -251,7 +257,7 @@ pub fn check(kind: &Kind) -> Vec<SpecFault> {
 pub const fn retry_default(kind: &Kind) -> Retry {
     match kind {
         Kind::Http { .. } => Retry::webhook(),
-        Kind::Stdout(_) | Kind::File(_) | Kind::Redis(_) => Retry::nearby(),
+        Kind::Stdout(_) | Kind::File(_) | Kind::Redis(_) | Kind::Postgres(_) => Retry::nearby(),
     }
 }
 
@@ -260,6 +266,7 @@ pub const fn target_kind(kind: &Kind) -> TargetKind {
     match kind {
         Kind::Http { .. } => TargetKind::Http,
         Kind::Redis(_) => TargetKind::Cache,
+        Kind::Postgres(_) => TargetKind::Database,
         Kind::Stdout(_) | Kind::File(_) => TargetKind::FileSystem,
     }
 }
@@ -274,5 +281,6 @@ pub fn delivered_note(kind: &Kind) -> Vec<String> {
         ],
         Kind::Http { spec, batched } => http::delivered_note(spec, *batched),
         Kind::Redis(spec) => redis::delivered_note(spec),
+        Kind::Postgres(spec) => postgres::delivered_note(spec),
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::PipelineSpec;
 
 /// The words that say what a sink is.
-pub const SINK_KINDS: &[&str] = &["stdout", "file", "http", "redis"];
+pub const SINK_KINDS: &[&str] = &["stdout", "file", "http", "redis", "postgres"];
 /// The words that say what a source is.
 pub const SOURCE_KINDS: &[&str] = &["embedded", "memory", "kafka"];
 /// The words that say what a stage is.
@@ -36,6 +36,7 @@ pub fn kind(name: &str) -> &'static Value {
         "file" => "FileSpec",
         "http" => "HttpSpec",
         "redis" => "RedisSpec",
+        "postgres" => "PostgresSpec",
         _ => "",
     })
 }

@@ -9,6 +9,7 @@ use crate::record::TargetKind;
 use crate::retry::RetrySpec;
 use crate::sink::file::FileSpec;
 use crate::sink::http::HttpSpec;
+use crate::sink::postgres::PostgresSpec;
 use crate::sink::redis::RedisSpec;
 use crate::sink::stdout::StdoutSpec;
 use crate::units::{ByteSize, Rate, Span};
@@ -31,6 +32,8 @@ pub struct SinkSpec {
     pub http: Option<HttpSpec>,
     /// Redis commands.
     pub redis: Option<RedisSpec>,
+    /// Rows of a PostgreSQL database.
+    pub postgres: Option<PostgresSpec>,
     /// What sort of target this is for the API's `target.type`. Default: by kind.
     pub target: Option<TargetKind>,
     /// How fast and how much at once, per branch.
@@ -69,6 +72,8 @@ pub struct ArmSpec {
     pub http: Option<HttpSpec>,
     /// Redis commands.
     pub redis: Option<RedisSpec>,
+    /// Rows of a PostgreSQL database.
+    pub postgres: Option<PostgresSpec>,
     /// What sort of target this is for the API's `target.type`. Default: by kind.
     pub target: Option<TargetKind>,
     /// How fast and how much at once, per branch.

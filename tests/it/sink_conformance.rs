@@ -3,6 +3,7 @@
 //! sent again. Kinds that need a server are run against a real one.
 
 mod http;
+pub(crate) mod postgres;
 mod redis;
 mod tls;
 mod web;
