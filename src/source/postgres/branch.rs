@@ -500,7 +500,7 @@ impl Inner {
                 Some(read().map_err(&failed)?)
             }
         };
-        if !known.is_some_and(|(_, kept)| *kept == *files) {
+        if known.is_none_or(|(_, kept)| *kept != *files) {
             let number = known.map_or(0, |(number, _)| number) + 1;
             let put = self.sql("INSERT INTO {s}.epochs VALUES ($1, $2, $3, $4)");
             transaction.execute(&put, &[&self.namespace, &number, &&*place, &&*files]).await.map_err(&failed)?;

@@ -81,7 +81,7 @@ impl From<Error> for Unfit {
 
 /// Makes what is missing. `schema` is quoted.
 pub(super) async fn migrate(client: &mut Client, schema: &str, user: &str) -> Result<(), Unfit> {
-    let known = MIGRATIONS.len() as i32;
+    let known = i32::try_from(MIGRATIONS.len()).unwrap_or(i32::MAX);
     // The common case takes no lock and needs no right.
     let found = match client.query_opt(&format!("SELECT version FROM {schema}.version"), &[]).await {
         Ok(row) => row.map(|row| row.try_get::<_, i32>(0)).transpose()?,
