@@ -47,6 +47,22 @@ fn parse(url: &str) -> Result<tokio_postgres::Config, String> {
     Ok(config)
 }
 
+/// Host, port and database of an address, for messages; nothing of one that cannot be read, for where its password begins
+/// and ends nobody knows.
+pub fn place(url: &str) -> String {
+    parse(url).map_or_else(|_| "with an address that cannot be read".to_owned(), |config| place_of(&config))
+}
+
+fn place_of(config: &tokio_postgres::Config) -> String {
+    let host = match config.get_hosts().first() {
+        Some(tokio_postgres::config::Host::Tcp(host)) => host,
+        _ => "its socket",
+    };
+    let port = config.get_ports().first().copied().unwrap_or(5432);
+    let database = config.get_dbname().or(config.get_user()).unwrap_or_default();
+    format!("{host}:{port}/{database}")
+}
+
 impl Address {
     /// Reads an address and the certificates that vouch for it; connects to nothing.
     ///
@@ -56,7 +72,11 @@ impl Address {
         tls::provider();
         let mut config = parse(url)?;
         config.connect_timeout(timeout.min(Duration::from_secs(10)));
-        config.tcp_user_timeout(timeout).keepalives(true).application_name("walflow");
+        config
+            .tcp_user_timeout(timeout)
+            .keepalives(true)
+            .keepalives_idle(Duration::from_secs(30))
+            .application_name("walflow");
         config.options(format!(
             "{} -c statement_timeout={} -c idle_in_transaction_session_timeout=60000",
             config.get_options().unwrap_or_default(),
@@ -76,13 +96,7 @@ impl Address {
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         }
         let client = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-        let host = match config.get_hosts().first() {
-            Some(tokio_postgres::config::Host::Tcp(host)) => host.clone(),
-            _ => "its socket".to_owned(),
-        };
-        let port = config.get_ports().first().copied().unwrap_or(5432);
-        let database = config.get_dbname().or(config.get_user()).unwrap_or_default();
-        let shown = format!("postgres {host}:{port}/{database}").into();
+        let shown = format!("postgres {}", place_of(&config)).into();
         Ok(Self { config, tls: MakeRustlsConnect::new(client), shown })
     }
 

@@ -1,6 +1,7 @@
 //! Pairs of a broker and a shelf, each on a real server that many tests share: a namespace of its own for each.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{KEY_WINDOW, Kind, clock};
 use crate::clock::Clock;
@@ -11,6 +12,7 @@ use crate::source::foreign::{First, Foreign, Settings};
 use crate::source::kafka::{self, KafkaSourceSpec};
 use crate::source::postgres::{self, PostgresShelfSpec};
 use crate::source::{Log, Shelf};
+use crate::units::Span;
 
 /// The address of a server that `tests/run` has started.
 fn server(variable: &str) -> String {
@@ -38,9 +40,16 @@ pub(super) struct OnPostgres {
     pair: Foreign,
 }
 
+/// A time-out that nobody else has: handles with equal settings share their connections, which end with the runtime of the
+/// test that made them.
+fn of_its_own() -> Span {
+    Span(Duration::from_millis(10_000 + fastrand::u64(..1_000_000)))
+}
+
 async fn postgres_shelf(context: &Context) -> Arc<dyn Store> {
     let url = Some(server("WALFLOW_TEST_POSTGRES"));
-    postgres::open(&PostgresShelfSpec { url, ..PostgresShelfSpec::default() }, context).await.unwrap()
+    let timeout = Some(of_its_own());
+    postgres::open(&PostgresShelfSpec { url, timeout, ..PostgresShelfSpec::default() }, context).await.unwrap()
 }
 
 impl Kind for OnPostgres {

@@ -30,7 +30,9 @@ fn context(clock: &Clock) -> Context {
 
 async fn shelf(context: &Context) -> Arc<dyn Store> {
     let url = Some(std::env::var("WALFLOW_TEST_POSTGRES").expect("WALFLOW_TEST_POSTGRES: run tests/run"));
-    postgres::open(&PostgresShelfSpec { url, ..PostgresShelfSpec::default() }, context).await.unwrap()
+    // Settings of its own, so that two of them share nothing: as two processes, and whatever test made a connection first.
+    let timeout = Some(crate::units::Span(Duration::from_millis(10_000 + fastrand::u64(..1_000_000))));
+    postgres::open(&PostgresShelfSpec { url, timeout, ..PostgresShelfSpec::default() }, context).await.unwrap()
 }
 
 fn record(number: u16, due_at: Option<Timestamp>) -> Arc<Record> {

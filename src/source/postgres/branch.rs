@@ -222,14 +222,15 @@ impl Inner {
         let records: Vec<Vec<u8>> = rows.iter().map(|row| encoded(&row.record)).collect();
         let ids: Vec<&[u8]> = rows.iter().map(|row| id_bytes(&row.record.id)).collect();
         let replayed: Vec<bool> = rows.iter().map(|row| row.replayed).collect();
+        let epochs: Vec<i64> = rows.iter().map(|row| row.record.epoch.into()).collect();
         let put = self.sql(
             "INSERT INTO {s}.aside AS a (ns, branch, position, child, lane, attempts, first_failed, next_try, last_error, rendered,
-               record, id, replay)
+               record, id, replay, epoch)
              SELECT $1, $2, t.position, t.child, t.lane, t.attempts, t.failed, t.try, t.error, t.rendered, t.record, t.id,
-               CASE WHEN t.replayed THEN nextval('{s}.replays') END
+               CASE WHEN t.replayed THEN nextval('{s}.replays') END, t.epoch
              FROM unnest($3::bigint[], $4::bigint[], $5::bytea[], $6::bigint[], $7::bigint[], $8::bigint[], $9::text[],
-               $10::bytea[], $11::bytea[], $12::bytea[], $13::bool[])
-               AS t(position, child, lane, attempts, failed, try, error, rendered, record, id, replayed)
+               $10::bytea[], $11::bytea[], $12::bytea[], $13::bool[], $14::bigint[])
+               AS t(position, child, lane, attempts, failed, try, error, rendered, record, id, replayed, epoch)
              ORDER BY t.position, t.child
              ON CONFLICT (ns, branch, position, child) DO UPDATE SET
                lane = excluded.lane, attempts = excluded.attempts, first_failed = excluded.first_failed,
@@ -253,6 +254,7 @@ impl Inner {
                     &records,
                     &ids,
                     &replayed,
+                    &epochs,
                 ],
             )
             .await
@@ -306,8 +308,8 @@ impl Inner {
     ) -> Result<(), tokio_postgres::Error> {
         let put = self.sql(
             "INSERT INTO {s}.dead (ns, branch, position, child, at, reason, attempts, last_error, stage, revision, rendered,
-               record, id, key, bytes, overtaken)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+               record, id, key, bytes, overtaken, epoch)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
              ON CONFLICT (ns, branch, position, child) DO UPDATE SET
                at = excluded.at, reason = excluded.reason, attempts = excluded.attempts, last_error = excluded.last_error,
                stage = excluded.stage, revision = excluded.revision, rendered = excluded.rendered",
@@ -320,7 +322,7 @@ impl Inner {
             let put = &put;
             async move {
                 let bytes = letter.record.weight() + letter.rendered.as_ref().map_or(0, Bytes::len);
-                let values: [&(dyn tokio_postgres::types::ToSql + Sync); 16] = [
+                let values: [&(dyn tokio_postgres::types::ToSql + Sync); 17] = [
                     &self.namespace,
                     &branch.as_str(),
                     &sql(letter.row.position),
@@ -337,6 +339,7 @@ impl Inner {
                     &letter.record.key.as_deref().map(str::as_bytes),
                     &i64::try_from(bytes).unwrap_or(i64::MAX),
                     &letter.overtaken,
+                    &i64::from(letter.record.epoch),
                 ];
                 transaction.execute(put, &values).await
             }
@@ -406,7 +409,7 @@ impl Inner {
             let news = self.news.replayed.notified();
             tokio::pin!(news);
             news.as_mut().enable();
-            match self.replayed_since(branch).await {
+            match self.database.in_time(self.replayed_since(branch)).await {
                 Ok((lanes, newest)) if !lanes.is_empty() => {
                     // Told with this very answer, which nobody can drop any more.
                     self.replays.lock().insert(branch.clone(), newest);
@@ -497,7 +500,7 @@ impl Inner {
                 Some(read().map_err(&failed)?)
             }
         };
-        if !known.is_some_and(|(_, kept)| *kept == *files) {
+        if known.is_none_or(|(_, kept)| *kept != *files) {
             let number = known.map_or(0, |(number, _)| number) + 1;
             let put = self.sql("INSERT INTO {s}.epochs VALUES ($1, $2, $3, $4)");
             transaction.execute(&put, &[&self.namespace, &number, &&*place, &&*files]).await.map_err(&failed)?;
@@ -542,9 +545,12 @@ impl Inner {
         client.execute(&keys, &[&self.namespace, &before]).await.map_err(&failed)?;
         let cancelled = self.sql("DELETE FROM {s}.cancelled WHERE ns = $1 AND at < $2");
         client.execute(&cancelled, &[&self.namespace, &before]).await.map_err(&failed)?;
-        // Which revision the oldest record in the log belongs to only the broker could tell.
+        // Which revision the oldest record in the log belongs to only the broker could tell, so the newest hundred stay; and
+        // those of rows that may be sent again, however old.
         let epochs = self.sql(
-            "DELETE FROM {s}.epochs WHERE ns = $1 AND number <= (SELECT max(number) FROM {s}.epochs WHERE ns = $1) - 100",
+            "DELETE FROM {s}.epochs WHERE ns = $1 AND number <= (SELECT max(number) FROM {s}.epochs WHERE ns = $1) - 100
+               AND number < (SELECT coalesce(min(epoch), 4294967296) FROM (
+                 SELECT epoch FROM {s}.aside WHERE ns = $1 UNION ALL SELECT epoch FROM {s}.dead WHERE ns = $1) AS needed)",
         );
         client.execute(&epochs, &[&self.namespace]).await.map_err(&failed)?;
         let transaction = client.transaction().await.map_err(&failed)?;

@@ -25,7 +25,7 @@ pub(super) async fn keep(shelf: Weak<Inner>) {
             () = closed.cancelled() => return,
         }
         let Some(inner) = shelf.upgrade() else { return };
-        if let Err(error) = inner.count().await {
+        if let Err(error) = inner.database.in_time(inner.count()).await {
             tracing::debug!(shelf = %inner.database.shown(), %error, "rows could not be counted");
         }
         drop(inner);

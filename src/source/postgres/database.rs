@@ -16,9 +16,13 @@ use super::schema::{Unfit, migrate};
 use crate::connection::kafka::Shared;
 use crate::connection::postgres::{Address, explain, explain_pool};
 use crate::source::LogError;
+use crate::units::Span;
 
 /// Waits between two tries to hear news again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// Longest wait for a connection that hears news.
+const HANDSHAKE: Duration = Duration::from_secs(15);
 
 static DATABASES: Shared<String, Database> = Shared::new();
 
@@ -49,6 +53,7 @@ pub(super) struct Database {
     /// The schema's name, quoted.
     pub(super) schema: String,
     channel: String,
+    timeout: Duration,
     migrated: tokio::sync::OnceCell<()>,
     news: Arc<Mutex<HashMap<String, Arc<News>>>>,
     listening: tokio::sync::OnceCell<DropGuard>,
@@ -68,6 +73,7 @@ impl Database {
                 address,
                 schema: format!("\"{}\"", spec.schema().replace('"', "\"\"")),
                 channel: format!("walflow_{}", spec.schema()),
+                timeout: spec.timeout(),
                 migrated: tokio::sync::OnceCell::new(),
                 news: Arc::default(),
                 listening: tokio::sync::OnceCell::new(),
@@ -97,6 +103,12 @@ impl Database {
     /// What went wrong, for whoever asked.
     pub(super) fn error(&self, act: &'static str) -> impl Fn(tokio_postgres::Error) -> LogError + '_ {
         move |error| self.failed(act, explain(&error))
+    }
+
+    /// What comes of a verb in time. The server's own limit is none when it is frozen, or the way to it swallows everything.
+    pub(super) async fn in_time<T>(&self, verb: impl Future<Output = Result<T, LogError>>) -> Result<T, LogError> {
+        let silent = |_| self.failed("use the Postgres shelf", format!("no answer within {}", Span(self.timeout)));
+        tokio::time::timeout(self.timeout, verb).await.map_err(silent)?
     }
 
     /// A connection; the tables are there.
@@ -148,7 +160,9 @@ async fn hear(
     news: &Mutex<HashMap<String, Arc<News>>>,
     wait: &mut Duration,
 ) -> Result<(), tokio_postgres::Error> {
-    let (client, mut connection) = address.connect().await?;
+    // A server may take the connection and say nothing.
+    let Ok(connected) = tokio::time::timeout(HANDSHAKE, address.connect()).await else { return Ok(()) };
+    let (client, mut connection) = connected?;
     let listen = format!("LISTEN \"{}\"", channel.replace('"', "\"\""));
     let mut messages = futures::stream::poll_fn(move |cx| connection.poll_message(cx));
     let listening = client.batch_execute(&listen);

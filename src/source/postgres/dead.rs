@@ -81,6 +81,10 @@ impl Inner {
         let failed = self.database.error(ACT);
         let wanted = Wanted::new(query, 0);
         let transaction = client.transaction().await.map_err(&failed)?;
+        // One replay of a namespace at a time: numbers are then drawn in the order in which they can be seen, and whoever was
+        // told up to one misses none below it.
+        let lock = "SELECT pg_advisory_xact_lock(hashtextextended($1, 1))";
+        transaction.execute(lock, &[&self.namespace]).await.map_err(&failed)?;
         let text = self.sql(&format!("SELECT * FROM {{s}}.dead WHERE {WHERE} FOR UPDATE"));
         let rows = transaction.query(&text, &wanted.parameters(&self.namespace)).await.map_err(&failed)?;
         let now = self.clock.now();

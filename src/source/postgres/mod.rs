@@ -8,6 +8,8 @@ mod keys;
 mod parked;
 mod rows;
 mod schema;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -54,7 +56,7 @@ pub struct PostgresShelfSpec {
 impl fmt::Debug for PostgresShelfSpec {
     /// Shows what is no secret: of the address host, port and database.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown = self.url.as_deref().map(|url| url.rsplit('@').next().unwrap_or_default().to_owned());
+        let shown = self.url.as_deref().map(postgres::place);
         f.debug_struct("PostgresShelfSpec")
             .field("url", &shown)
             .field("schema", &self.schema)
@@ -82,13 +84,7 @@ impl PostgresShelfSpec {
 /// Where it is, for the plan; no secret.
 pub fn shown(spec: &PostgresShelfSpec) -> String {
     let url = spec.url.as_deref().unwrap_or_default();
-    let host = url
-        .rsplit('@')
-        .next()
-        .unwrap_or_default()
-        .trim_start_matches("postgres://")
-        .trim_start_matches("postgresql://");
-    format!("PostgreSQL {}, schema {}", host.split('?').next().unwrap_or_default(), spec.schema())
+    format!("PostgreSQL {}, schema {}", postgres::place(url), spec.schema())
 }
 
 /// What cannot work in a `postgres:` shelf.
@@ -169,8 +165,8 @@ pub async fn open(spec: &PostgresShelfSpec, context: &Context) -> Result<Arc<dyn
         replays: Mutex::default(),
         closed: CancellationToken::new(),
     });
-    shelf.refresh().await?;
-    shelf.count().await?;
+    shelf.database.in_time(shelf.refresh()).await?;
+    shelf.database.in_time(shelf.count()).await?;
     tokio::spawn(counts::keep(Arc::downgrade(&shelf)));
     Ok(Arc::new(PostgresShelf(shelf)))
 }
@@ -217,7 +213,8 @@ impl PostgresShelf {
         if let Err(closed) = inner.still_open() {
             return std::future::ready(Err(closed)).boxed();
         }
-        verb(inner).boxed()
+        let done = verb(Arc::clone(&inner));
+        async move { inner.database.in_time(done).await }.boxed()
     }
 }
 
@@ -248,7 +245,7 @@ impl Store for PostgresShelf {
 
     fn resign(&self) -> BoxFuture<'static, Result<(), LogError>> {
         let inner = Arc::clone(&self.0);
-        async move { inner.resign().await }.boxed()
+        async move { inner.database.in_time(inner.resign()).await }.boxed()
     }
 
     fn next_due(&self) -> BoxFuture<'static, Result<Option<Timestamp>, LogError>> {

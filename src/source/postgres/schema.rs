@@ -7,7 +7,8 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
 /// By version, from 1 on; `{schema}` stands for the schema's quoted name.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
 CREATE TABLE {schema}.parked (
   ns text NOT NULL, id bytea NOT NULL, due bigint NOT NULL, key bytea, record bytea NOT NULL, place text,
   PRIMARY KEY (ns, id));
@@ -48,7 +49,13 @@ CREATE TABLE {schema}.marks (
 CREATE TABLE {schema}.epochs (
   ns text NOT NULL, number integer NOT NULL, place text NOT NULL, files bytea NOT NULL, PRIMARY KEY (ns, number));
 CREATE TABLE {schema}.leases (ns text PRIMARY KEY, holder text NOT NULL, until bigint NOT NULL);
-"];
+",
+    // The revision of a row's record; 0 where it was not noted, which keeps every revision.
+    "
+ALTER TABLE {schema}.aside ADD COLUMN epoch bigint NOT NULL DEFAULT 0;
+ALTER TABLE {schema}.dead ADD COLUMN epoch bigint NOT NULL DEFAULT 0;
+",
+];
 
 /// Every table with rows of a namespace.
 pub(super) const TABLES: &[&str] =
@@ -74,7 +81,7 @@ impl From<Error> for Unfit {
 
 /// Makes what is missing. `schema` is quoted.
 pub(super) async fn migrate(client: &mut Client, schema: &str, user: &str) -> Result<(), Unfit> {
-    let known = MIGRATIONS.len() as i32;
+    let known = i32::try_from(MIGRATIONS.len()).unwrap_or(i32::MAX);
     // The common case takes no lock and needs no right.
     let found = match client.query_opt(&format!("SELECT version FROM {schema}.version"), &[]).await {
         Ok(row) => row.map(|row| row.try_get::<_, i32>(0)).transpose()?,
