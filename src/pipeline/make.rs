@@ -156,10 +156,10 @@ impl Maker<'_> {
             SourceSpec { memory: Some(_), .. } => SourceKind::Memory,
             _ => SourceKind::Embedded,
         };
-        let shelf = self.shelf(&kind, source.shelf.as_ref());
+        let waiting = self.shelf(&kind, source.shelf.as_ref());
         SourcePlan {
             kind,
-            shelf,
+            shelf: waiting,
             retention: source.embedded.clone().unwrap_or_default().retention,
             backlog: source.backlog.clone(),
             idempotency: source.idempotency.clone(),
@@ -169,16 +169,16 @@ impl Maker<'_> {
         }
     }
 
-    fn shelf(&mut self, kind: &SourceKind, shelf: Option<&ShelfSpec>) -> ShelfKind {
-        let own = shelf.is_some_and(|shelf| shelf.embedded.is_some());
+    fn shelf(&mut self, kind: &SourceKind, spec: Option<&ShelfSpec>) -> ShelfKind {
+        let spec = spec.unwrap_or(&NO_SHELF);
+        let own = spec.embedded.is_some();
         if own && kind.is_foreign() {
             let message = "the embedded shelf is that of the embedded log";
             let found = self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/embedded", true, message.to_owned());
             self.found
                 .push(found.help("name a database that every instance reaches: `postgres: { url: … }`".to_owned()));
         }
-        let shelf = shelf.unwrap_or(&NO_SHELF);
-        if let Some(postgres) = &shelf.postgres {
+        if let Some(postgres) = &spec.postgres {
             self.source_faults("/source/shelf/postgres", postgres::check(postgres));
             if !kind.is_foreign() {
                 let message = "the embedded log has a shelf of its own, which shares its durability";

@@ -182,7 +182,7 @@ impl Logs {
     }
 
     /// Refuses a plan that would have a namespace that runs change its log.
-    pub(super) fn same_log(&self, name: &Namespace, now: &Plan, next: &Plan) -> Result<(), LogError> {
+    pub(super) fn same_log(name: &Namespace, now: &Plan, next: &Plan) -> Result<(), LogError> {
         let of = |plan: &Plan| format!("{:?} {:?}", plan.source.kind, plan.source.shelf);
         if of(now) == of(next) {
             return Ok(());

@@ -4,6 +4,7 @@
 //! moment, and the namespace goes on. Until that moment nothing has changed but copies that nobody reads; a branch that does
 //! not come to its end stops the whole, and the namespace goes on where it was.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -228,10 +229,10 @@ async fn copy_keys(old: &EmbeddedNamespace, new: &Foreign) -> Result<u64, LogErr
 /// Puts the new file in the place of the old one: whoever reads sees the one or the other.
 fn switch(path: &Path, text: &str) -> std::io::Result<()> {
     let next: PathBuf = path.with_extension("moving");
-    let mut file = std::fs::File::create(&next)?;
+    let mut file = File::options().write(true).create(true).truncate(true).open(&next)?;
     std::io::Write::write_all(&mut file, text.as_bytes())?;
     file.sync_all()?;
     std::fs::rename(&next, path)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::File::open(folder)?.sync_all()
+    File::options().read(true).open(folder)?.sync_all()
 }

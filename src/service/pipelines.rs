@@ -61,6 +61,8 @@ pub(super) struct Pipelines {
     running: CancellationToken,
     set: RwLock<BTreeMap<Namespace, Arc<Pipeline>>>,
     absent: RwLock<BTreeMap<Namespace, Absent>>,
+    /// Namespaces that other instances run, and their shard.
+    elsewhere: RwLock<BTreeMap<Namespace, String>>,
     /// When the files were last read and made so.
     applied_at: RwLock<Timestamp>,
     ready: AtomicBool,
@@ -79,6 +81,7 @@ impl Pipelines {
             running,
             set: RwLock::default(),
             absent: RwLock::default(),
+            elsewhere: RwLock::default(),
             applied_at: RwLock::default(),
             ready: AtomicBool::new(false),
             applying: tokio::sync::Mutex::new(()),
@@ -91,6 +94,7 @@ impl Pipelines {
         let _applying = self.applying.lock().await;
         let mut names: BTreeSet<Namespace> = reading.found.iter().map(|found| found.namespace.clone()).collect();
         let nameless = reading.nameless;
+        *self.elsewhere.write() = reading.elsewhere;
         let mut work: Vec<(Namespace, Option<Found>)> =
             reading.found.into_iter().map(|found| (found.namespace.clone(), Some(found))).collect();
         let known = self.set.read().keys().cloned().chain(self.logs.names()).collect::<BTreeSet<_>>();
@@ -183,7 +187,7 @@ impl Pipelines {
             (Some(pipeline), Some(plan)) => {
                 // The same log, as its bounds may have changed; another one is refused there.
                 if plan.source.kind.is_foreign() || pipeline.plan().source.kind.is_foreign() {
-                    self.logs.same_log(&name, &pipeline.plan(), &plan)?;
+                    Logs::same_log(&name, &pipeline.plan(), &plan)?;
                 }
                 pipeline.apply(plan, config).await
             }
@@ -251,6 +255,11 @@ impl Pipelines {
     /// Why a namespace that a file names does not run.
     pub(super) fn absent(&self, name: &Namespace) -> Option<Absent> {
         self.absent.read().get(name).cloned()
+    }
+
+    /// The shard of a namespace that other instances run.
+    pub(super) fn elsewhere(&self, name: &Namespace) -> Option<String> {
+        self.elsewhere.read().get(name).cloned()
     }
 
     /// Every namespace that does not run although a file names it.

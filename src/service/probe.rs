@@ -2,6 +2,7 @@
 //!
 //! Takes plans, gives for each namespace what was found at its source, its shelf and the target of each branch.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ impl Probe {
         for part in &self.parts {
             for probed in &part.probed {
                 let verdict = if probed.ok { "ok  " } else { "FAIL" };
-                out.push_str(&format!("  {verdict}  {}: {}: {}\n", part.name, probed.what, probed.found));
+                let _ = writeln!(out, "  {verdict}  {}: {}: {}", part.name, probed.what, probed.found);
             }
         }
         out

@@ -237,7 +237,7 @@ impl KafkaSink {
         let looked = tokio::task::spawn_blocking(move || {
             let metadata = producer.client().fetch_metadata(Some(&topic), METADATA_TIMEOUT)?;
             let found = metadata.topics().iter().find(|found| found.name() == topic);
-            match found.and_then(|found| found.error()).map(RDKafkaErrorCode::from) {
+            match found.and_then(rdkafka::metadata::MetadataTopic::error).map(RDKafkaErrorCode::from) {
                 Some(error) => Err(KafkaError::MetadataFetch(error)),
                 None => Ok(found.map_or(0, |found| found.partitions().len())),
             }

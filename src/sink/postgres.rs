@@ -156,7 +156,7 @@ impl fmt::Debug for PostgresSpec {
             .field("timeout", &self.timeout)
             .field("cases", &self.all_cases())
             .field("barrier", &self.barrier)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 
@@ -310,11 +310,11 @@ impl PostgresSink {
             let make = format!(
                 "CREATE TABLE IF NOT EXISTS {barrier} (id text PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())"
             );
-            let made = self.prepared.get_or_try_init(|| async {
+            let prepared = self.prepared.get_or_try_init(|| async {
                 let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[barrier]).await?;
                 if there.try_get::<_, bool>(0)? { Ok(()) } else { client.batch_execute(&make).await }
             });
-            made.await.map_err(|error| {
+            prepared.await.map_err(|error| {
                 let why = postgres::explain(&error);
                 Failure::new(
                     Verdict::Down,

@@ -7,7 +7,7 @@ use std::fmt;
 
 use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName, SendMessageBatchRequestEntry};
 use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, StreamExt as _};
 use indexmap::IndexMap;
@@ -148,7 +148,7 @@ fn id(text: &str) -> String {
     if (1..=128).contains(&text.len()) && text.chars().all(legal) {
         return text.to_owned();
     }
-    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+    STANDARD_NO_PAD.encode(Sha256::digest(text.as_bytes()))
 }
 
 impl SqsSink {

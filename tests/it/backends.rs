@@ -11,7 +11,7 @@ fn server(variable: &str) -> String {
     std::env::var(variable).unwrap_or_else(|_| panic!("{variable} names a server: run tests/run"))
 }
 
-async fn sqs() -> aws_sdk_sqs::Client {
+fn sqs() -> aws_sdk_sqs::Client {
     use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
     let config = aws_sdk_sqs::Config::builder()
         .behavior_version(BehaviorVersion::latest())
@@ -102,7 +102,7 @@ async fn a_cache_is_replicated_from_kafka_to_three_redis() {
 #[ignore = "needs SQS and PostgreSQL: run tests/run"]
 async fn transactions_go_from_sqs_to_rows() {
     let queue = format!("{}.fifo", unique("transactions"));
-    let make = sqs().await.create_queue().queue_name(&queue);
+    let make = sqs().create_queue().queue_name(&queue);
     make.attributes(aws_sdk_sqs::types::QueueAttributeName::FifoQueue, "true").send().await.unwrap();
     let ledger = database(
         "CREATE TABLE transactions (transaction_id text PRIMARY KEY, account_id text NOT NULL, amount numeric NOT NULL,
@@ -131,7 +131,7 @@ async fn transactions_go_from_sqs_to_rows() {
 #[ignore = "needs SQS and PostgreSQL: run tests/run"]
 async fn deletes_wait_on_the_shelf_and_then_take_rows_away() {
     let queue = unique("deletes");
-    sqs().await.create_queue().queue_name(&queue).send().await.unwrap();
+    sqs().create_queue().queue_name(&queue).send().await.unwrap();
     let storage = database(
         "CREATE TABLE sessions (id text PRIMARY KEY); CREATE TABLE carts (id bigint PRIMARY KEY);
          INSERT INTO sessions VALUES ('1'), ('2'), ('3'); INSERT INTO carts VALUES (7), (8)",

@@ -14,6 +14,9 @@ use super::{DeleteSpec, InsertSpec, OnConflict, PostgresCaseSpec, StatementSpec,
 use crate::sink::template::{Document, Scope};
 use crate::sink::{Failure, Operation, SpecFault};
 
+/// As many parameters as PostgreSQL takes.
+const MOST_PARAMETERS: usize = 65_535;
+
 /// What cannot work in a case.
 pub(super) fn check(case: &PostgresCaseSpec, here: &str, faults: &mut Vec<SpecFault>) {
     let help = "one of upsert, insert, delete and statement";
@@ -58,7 +61,7 @@ pub(super) fn check(case: &PostgresCaseSpec, here: &str, faults: &mut Vec<SpecFa
         for (index, value) in statement.params.iter().enumerate() {
             document(&format!("{here}/statement/params/{index}"), value, faults);
         }
-        let wanted = (1..).take_while(|number| mentions(&statement.sql, *number)).count();
+        let wanted = (1..=MOST_PARAMETERS).take_while(|number| mentions(&statement.sql, *number)).count();
         if wanted != statement.params.len() {
             let message =
                 format!("the statement has ${wanted} at most, and there are {} params", statement.params.len());

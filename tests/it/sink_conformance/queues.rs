@@ -103,7 +103,7 @@ async fn a_topic_that_is_not_there_is_an_outage_that_says_what_to_do() {
     assert!(!sink.probe().await[0].ok);
 }
 
-async fn client(endpoint: &str) -> aws_sdk_sqs::Client {
+fn client(endpoint: &str) -> aws_sdk_sqs::Client {
     let config = aws_sdk_sqs::Config::builder()
         .behavior_version(BehaviorVersion::latest())
         .region(Region::new("us-east-1"))
@@ -115,7 +115,7 @@ async fn client(endpoint: &str) -> aws_sdk_sqs::Client {
 
 /// Everything in a queue, which is empty then; by body and encoding.
 async fn drain(endpoint: &str, queue: &str) -> Vec<(String, Option<String>)> {
-    let client = client(endpoint).await;
+    let client = client(endpoint);
     let url = client.get_queue_url().queue_name(queue).send().await.unwrap().queue_url.unwrap();
     let mut found = Vec::new();
     loop {
@@ -141,7 +141,7 @@ async fn drain(endpoint: &str, queue: &str) -> Vec<(String, Option<String>)> {
 }
 
 async fn make_queue(endpoint: &str, queue: &str) {
-    let client = client(endpoint).await;
+    let client = client(endpoint);
     let mut make = client.create_queue().queue_name(queue);
     if queue.ends_with(".fifo") {
         make = make.attributes(aws_sdk_sqs::types::QueueAttributeName::FifoQueue, "true");
