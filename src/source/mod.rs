@@ -14,6 +14,7 @@ pub mod frontier;
 pub mod kafka;
 pub mod memory;
 mod query;
+pub mod redis;
 mod waiting;
 
 use std::collections::HashSet;
