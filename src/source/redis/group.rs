@@ -86,8 +86,6 @@ struct State {
 struct Holds {
     live: u64,
     ours: Vec<u16>,
-    /// Of those, which were not ours before.
-    fresh: Vec<u16>,
     free: bool,
 }
 
@@ -122,7 +120,6 @@ impl Shared {
         Ok(Holds {
             live: answer.first().copied().unwrap_or(1),
             ours: parts().filter(|(_, state)| matches!(state, 1 | 2)).map(|(part, _)| part).collect(),
-            fresh: parts().filter(|(_, state)| **state == 2).map(|(part, _)| part).collect(),
             free: parts().any(|(_, state)| *state == 3),
         })
     }
@@ -636,10 +633,6 @@ impl Member {
         Lag { records: open + unread, bytes: bytes + unread * size, oldest, cursor: session.frontier.clone() }
     }
 
-    pub(super) fn parts(&self) -> Vec<u16> {
-        self.shared.state.lock().session.as_ref().map(Session::parts).unwrap_or_default()
-    }
-
     pub(super) fn trouble(&self) -> Option<Arc<str>> {
         self.shared.state.lock().trouble.clone()
     }
@@ -653,15 +646,6 @@ impl Member {
             // One that panicked has left too, by the end of its hold.
             let _ = keeper.await;
         }
-    }
-
-    /// Stops as a process that is killed.
-    #[cfg(test)]
-    pub(super) fn abandon(&self) {
-        if let Some(keeper) = self.keeper.lock().take() {
-            keeper.abort();
-        }
-        self.shared.state.lock().session = None;
     }
 }
 

@@ -147,6 +147,7 @@ fn is_of_the_place(code: &str) -> bool {
 
 impl Link {
     pub(super) fn new(address: Address, timeout: Duration, strict: bool) -> Self {
+        crate::connection::tls::provider();
         let shown = address.to_string().into();
         Self { address, timeout, strict, shown, state: Mutex::default(), known: parking_lot::Mutex::default() }
     }
@@ -154,10 +155,6 @@ impl Link {
     /// The server's address, for messages.
     pub(super) fn shown(&self) -> &Arc<str> {
         &self.shown
-    }
-
-    pub(super) fn timeout(&self) -> Duration {
-        self.timeout
     }
 
     /// What "durable" means there; `None` = it was not reached yet.

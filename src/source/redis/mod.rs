@@ -13,8 +13,6 @@ mod names;
 mod scripts;
 mod session;
 mod spec;
-#[cfg(test)]
-mod tests;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
