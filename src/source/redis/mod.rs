@@ -12,6 +12,7 @@ mod link;
 mod names;
 mod scripts;
 mod session;
+pub mod shelf;
 mod spec;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
