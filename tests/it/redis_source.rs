@@ -363,3 +363,57 @@ async fn a_server_that_is_killed_and_comes_back_has_all_that_was_confirmed() {
         assert!(matches!(broker.open(&branch(), Begin::Latest).await, Err(LogError::Closed(_))));
     }
 }
+
+#[tokio::test]
+#[ignore = "needs a Redis server: run tests/run"]
+async fn what_is_finished_goes_and_what_is_not_stays_until_the_backlog_is_full() {
+    let (url, namespace) = (shared(), unique());
+    let small = Context { backlog_bytes: 200_000, ..context(&namespace) };
+    let broker = open(&spec(&url, 1), &small).unwrap();
+    let stream = format!("walflow:{{{namespace}}}:stream:0");
+    let other = BranchName::new("other", None);
+    for name in [branch(), other.clone()] {
+        broker.prepare(&name, Begin::Earliest).await.unwrap();
+    }
+    let mut hold = opened(&broker).await;
+    let text = "x".repeat(1_000);
+    let mut written = 0;
+    let full = loop {
+        match broker.append(vec![record(None, &text)]).await {
+            Ok(handed) => _ = handed.await.remove(0).map(|_| written += 1),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(full, AdmitError::BacklogFull { limit: 200_000, .. }), "{full}");
+    let read = read(&mut hold, written).await;
+    assert_eq!(read.len(), written);
+    let last = read.last().unwrap().position;
+    broker.progress(&branch(), &last.into(), &[]);
+    // The other branch has not finished anything.
+    let length = || async { redis::from_redis_value::<usize>(command(&url, &["XLEN", &stream]).await).unwrap() };
+    let held = tokio::time::timeout(PATIENCE, broker.open(&other, Begin::Latest)).await.unwrap().unwrap();
+    assert_eq!((held.cursor.single(), length().await), (Position(0), written), "it begins where it was made");
+    let mut held = held;
+    let mut seen = Vec::new();
+    while seen.len() < written {
+        seen.extend(next(&mut held).await.unwrap());
+    }
+    let left = 3;
+    let ended: Vec<_> =
+        seen.iter().map(|entry| entry.position).filter(|at| at.offset() + left <= last.offset()).collect();
+    broker.progress(&other, &ended.last().copied().unwrap().into(), &ended);
+    let gone = tokio::time::timeout(PATIENCE, async {
+        while length().await != 3 {
+            tokio::task::yield_now().await;
+        }
+    });
+    gone.await.expect("what both have finished goes, and nothing else");
+    let accepted = tokio::time::timeout(PATIENCE, async {
+        while broker.append(vec![record(None, "more")]).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    });
+    accepted.await.expect("there is room again");
+    drop((hold, held));
+    broker.close().await;
+}

@@ -45,7 +45,9 @@ use crate::record::{Position, Record, RecordId};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// What is finished stays so long: for a branch that is still to be made, and for the search after records that were under
 /// way when a process ended.
-const KEEP: Duration = Duration::from_secs(60);
+const KEEP: Duration = Duration::from_secs(30);
+/// … unless it takes more than this, about.
+const KEEP_BYTES: u64 = 64 << 20;
 /// What an entry takes about, before anything is known.
 const USUAL: u64 = 512;
 /// Entries in one page of a search.
@@ -64,6 +66,12 @@ impl Ends {
     fn at_least(&self, part: u16, offset: u64) {
         if let Some(end) = self.0.get(usize::from(part)) {
             end.fetch_max(offset, Ordering::Relaxed);
+        }
+    }
+
+    fn all_at_least(&self, looked: &Looked) {
+        for (end, (found, _)) in self.0.iter().zip(&looked.streams) {
+            end.fetch_max(*found, Ordering::Relaxed);
         }
     }
 
@@ -86,6 +94,19 @@ struct Looked {
     streams: Vec<(u64, Option<u64>)>,
     entries: u64,
     bytes: u64,
+}
+
+impl Looked {
+    /// What an entry takes, about.
+    fn size(&self) -> u64 {
+        self.bytes.checked_div(self.entries).unwrap_or(USUAL).max(1)
+    }
+
+    /// What could be removed, about.
+    fn finished_bytes(&self) -> u64 {
+        let left = |(end, low): &(u64, Option<u64>)| (end + 1).saturating_sub(low.unwrap_or(0));
+        self.entries.saturating_sub(self.streams.iter().map(left).sum()).saturating_mul(self.size())
+    }
 }
 
 struct Streams {
@@ -199,7 +220,10 @@ async fn watch(streams: Weak<Streams>, closed: CancellationToken) {
     loop {
         {
             let Some(streams) = streams.upgrade() else { return };
-            let crowded = streams.looked.lock().bytes > streams.context.backlog_bytes / 2;
+            let crowded = {
+                let looked = streams.looked.lock();
+                looked.bytes > streams.context.backlog_bytes / 2 || looked.finished_bytes() > KEEP_BYTES
+            };
             let keep = if crowded { Duration::ZERO } else { KEEP };
             let mut horizon = Vec::new();
             while finished.front().is_some_and(|(at, _)| at.elapsed() >= keep) {
@@ -207,9 +231,7 @@ async fn watch(streams: Weak<Streams>, closed: CancellationToken) {
             }
             match look(&streams.link, &streams.names, &horizon).await {
                 Ok(looked) => {
-                    for (part, (end, _)) in streams.names.parts().zip(&looked.streams) {
-                        streams.ends.at_least(part, *end);
-                    }
+                    streams.ends.all_at_least(&looked);
                     finished.push_back((Instant::now(), looked.streams.iter().map(|(_, low)| *low).collect()));
                     *streams.looked.lock() = looked;
                 }
@@ -411,9 +433,7 @@ impl Broker for Streams {
     }
 
     fn lag(&self, branch: &BranchName) -> Lag {
-        let looked = self.looked.lock();
-        let size = looked.bytes.checked_div(looked.entries).unwrap_or(USUAL).max(1);
-        drop(looked);
+        let size = self.looked.lock().size();
         let member = self.branches.lock().get(branch).cloned();
         member.map(|member| member.lag(size)).unwrap_or_default()
     }
@@ -430,6 +450,7 @@ impl Broker for Streams {
         self.with(|streams| async move {
             let looked = look(&streams.link, &streams.names, &[]).await;
             let looked = looked.map_err(|failed| failed.storage("ask where the streams end"))?;
+            streams.ends.all_at_least(&looked);
             Ok(names::place(looked.streams.iter().map(|(end, _)| *end)).into())
         })
     }

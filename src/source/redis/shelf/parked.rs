@@ -63,7 +63,7 @@ impl Shelf {
     }
 
     pub(super) async fn first_due(&self) -> Result<Option<Timestamp>, LogError> {
-        let call = self.call(&PARKED).arg("-inf").arg("+inf").number(0);
+        let call = self.call(&PARKED).arg("-inf").arg("+inf").number(0).number(1);
         let first: Vec<Row> = self.ask("see what is due", call, false).await?;
         Ok(first.first().and_then(|(_, due, _)| time(due)))
     }
@@ -135,7 +135,7 @@ impl Shelf {
             let to = query.to.map_or_else(|| "+inf".to_owned(), |to| format!("({}", to.as_millis()));
             let mut passed = 0;
             loop {
-                let call = self.call(&PARKED).arg(from.as_str()).arg(to.as_str()).number(passed);
+                let call = self.call(&PARKED).arg(from.as_str()).arg(to.as_str()).number(passed).number(ROWS);
                 let page: Vec<Row> = self.ask("list what is parked", call, false).await?;
                 let count = page.len();
                 for one in page {

@@ -274,11 +274,11 @@ return { count, more }
 "
 );
 
-/// ARGV: from, to, how many to pass over. Gives for each of at most 500: id, due, record.
+/// ARGV: from, to, how many to pass over, how many. Gives for each: id, due, record.
 pub(super) static PARKED: Text = script!(
     r"
 local root = KEYS[1]
-local found = redis.call('ZRANGEBYSCORE', root .. ':due', ARGV[1], ARGV[2], 'WITHSCORES', 'LIMIT', ARGV[3], 500)
+local found = redis.call('ZRANGEBYSCORE', root .. ':due', ARGV[1], ARGV[2], 'WITHSCORES', 'LIMIT', ARGV[3], ARGV[4])
 local out = {}
 for i = 1, #found, 2 do
   out[#out + 1] = { found[i], found[i + 1], redis.call('HGET', root .. ':rec', found[i]) }
