@@ -14,7 +14,7 @@ use super::epoch;
 use super::plan::{Plan, Routing, ShelfKind, SourceKind, SourcePlan};
 use crate::delay::{DEFAULT_MAX, Delay, DelayRule};
 use crate::source::foreign::open::SpecFault;
-use crate::source::{BranchName, kafka, postgres, sqs};
+use crate::source::{BranchName, kafka, postgres, redis, sqs};
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
@@ -80,7 +80,7 @@ pub fn make(loaded: &Loaded, environment: &Environment, compiler: &Compiler) -> 
 }
 
 /// What a file has that names no shelf.
-static NO_SHELF: ShelfSpec = ShelfSpec { embedded: None, postgres: None };
+static NO_SHELF: ShelfSpec = ShelfSpec { embedded: None, redis: None, postgres: None };
 
 /// Every stage list of a file.
 fn all_stages(spec: &PipelineSpec) -> impl Iterator<Item = &StageSpec> {
@@ -149,6 +149,10 @@ impl Maker<'_> {
                 self.source_faults("/source/kafka", kafka::check(kafka));
                 SourceKind::Kafka(Box::new(kafka.clone()))
             }
+            SourceSpec { redis: Some(redis), .. } => {
+                self.source_faults("/source/redis", redis::check(redis));
+                SourceKind::Redis(Box::new(redis.clone()))
+            }
             SourceSpec { sqs: Some(sqs), .. } => {
                 self.source_faults("/source/sqs", sqs::check(sqs));
                 SourceKind::Sqs(Box::new(sqs.clone()))
@@ -189,7 +193,26 @@ impl Maker<'_> {
             }
             return ShelfKind::Postgres(Box::new(postgres.clone()));
         }
-        if kind.is_foreign() { ShelfKind::None } else { ShelfKind::Own }
+        match (kind, &spec.redis) {
+            (SourceKind::Redis(source), shelf) => {
+                // It has a shelf beside its streams unless the file names another.
+                let shelf = shelf.clone().unwrap_or_default().beside(source);
+                self.source_faults("/source/shelf/redis", redis::check_shelf(&shelf));
+                ShelfKind::Redis(Box::new(shelf))
+            }
+            (kind, Some(shelf)) if kind.is_foreign() => {
+                self.source_faults("/source/shelf/redis", redis::check_shelf(shelf));
+                ShelfKind::Redis(Box::new(shelf.clone()))
+            }
+            (_, Some(_)) => {
+                let message = "the embedded log has a shelf of its own, which shares its durability".to_owned();
+                let found = self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/redis", true, message);
+                self.found.push(found.help("leave the shelf out, or name a log that others keep".to_owned()));
+                ShelfKind::Own
+            }
+            (kind, None) if kind.is_foreign() => ShelfKind::None,
+            _ => ShelfKind::Own,
+        }
     }
 
     /// A queue gives each message once, so it has one reader.

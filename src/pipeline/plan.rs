@@ -14,6 +14,7 @@ use crate::sink::Kind;
 use crate::source::BranchName;
 use crate::source::kafka::KafkaSourceSpec;
 use crate::source::postgres::PostgresShelfSpec;
+use crate::source::redis::{RedisShelfSpec, RedisSourceSpec};
 use crate::source::sqs::SqsSourceSpec;
 use crate::spec::sink::{DeadLettersSpec, Ordering, Otherwise, StartSpec};
 use crate::spec::{BacklogSpec, IdempotencySpec, IngestLimitsSpec, RetentionSpec, TestSpec};
@@ -82,6 +83,8 @@ pub enum SourceKind {
     Memory,
     /// A Kafka topic.
     Kafka(Box<KafkaSourceSpec>),
+    /// Redis Streams.
+    Redis(Box<RedisSourceSpec>),
     /// An SQS queue.
     Sqs(Box<SqsSourceSpec>),
 }
@@ -102,6 +105,8 @@ pub enum ShelfKind {
     None,
     /// A PostgreSQL database.
     Postgres(Box<PostgresShelfSpec>),
+    /// Keys of a Redis.
+    Redis(Box<RedisShelfSpec>),
 }
 
 /// How a record finds its sinks.

@@ -185,6 +185,10 @@ fn source(plan: &Plan) -> Vec<Fact> {
             "Kafka topic",
             "acknowledged by every replica in sync (acks=all) before the answer; brokers do not sync their disks for it",
         ),
+        SourceKind::Redis(_) => (
+            "Redis Streams",
+            "on the server's disk as its own settings say (appendfsync always, or WAITAOF) before the answer; a failover may lose it",
+        ),
         SourceKind::Sqs(_) => ("SQS queue", "listed under Successful by SQS before the answer"),
     };
     let mut facts = vec![fact("kind", kind), fact("durable", durable)];
@@ -252,6 +256,18 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
             "no order: the queue is a standard one"
         };
         facts.push(fact("queue", format!("{}; {order}", sqs.queue)));
+    }
+    if let SourceKind::Redis(redis) = &source.kind {
+        facts.push(fact("streams", format!("{redis:?}")));
+    }
+    if let ShelfKind::Redis(shelf) = &source.shelf {
+        facts.push(fact("shelf", format!("in Redis, in memory there and bounded by it: {shelf:?}")));
+        let twice = if matches!(source.kind, SourceKind::Redis(_)) {
+            "one record, exactly"
+        } else {
+            "one record, except after a crash in between: then it may be appended twice, under one id"
+        };
+        facts.push(fact("same key twice", twice));
     }
     if let ShelfKind::Postgres(shelf) = &source.shelf {
         let host = crate::source::postgres::shown(shelf);

@@ -21,7 +21,7 @@ use crate::source::foreign::{First, Foreign, Settings};
 use crate::source::kafka::{self, KafkaStart};
 use crate::source::memory::Memory;
 use crate::source::{Log, LogError, Shelf};
-use crate::source::{postgres, sqs};
+use crate::source::{postgres, redis, sqs};
 use crate::spec::OnFull;
 
 /// Every log of the instance.
@@ -165,12 +165,14 @@ impl Logs {
         let store: Option<Arc<dyn Store>> = match &source.shelf {
             ShelfKind::Own | ShelfKind::None => None,
             ShelfKind::Postgres(spec) => Some(postgres::open(spec, &context).await?),
+            ShelfKind::Redis(spec) => Some(redis::shelf::open(spec, &context).await?),
         };
         let (broker, first) = match &source.kind {
             SourceKind::Kafka(spec) => {
                 let first = if spec.start == KafkaStart::Earliest { First::Earliest } else { First::Latest };
                 (kafka::open(spec, &context)?, first)
             }
+            SourceKind::Redis(spec) => (redis::open(spec, &context)?, First::Earliest),
             SourceKind::Sqs(spec) => (sqs::open(spec, &context)?, First::Earliest),
             SourceKind::Embedded | SourceKind::Memory => return Err(LogError::Unsupported("this log has no broker")),
         };

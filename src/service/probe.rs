@@ -13,7 +13,7 @@ use crate::clock::Clock;
 use crate::connection::probe::Probed;
 use crate::pipeline::plan::{BranchPlan, Plan, ShelfKind, SourceKind};
 use crate::sink::{self, SinkContext};
-use crate::source::{kafka, postgres, sqs};
+use crate::source::{kafka, postgres, redis, sqs};
 
 /// Nothing is waited for longer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -83,13 +83,18 @@ async fn source(plan: &Plan) -> Vec<Probed> {
             let branches: Vec<String> = plan.branches.iter().map(|branch| branch.name.to_string()).collect();
             kafka::probe(spec, plan.namespace.as_str(), &branches).await
         }
+        SourceKind::Redis(spec) => {
+            let branches: Vec<String> = plan.branches.iter().map(|branch| branch.name.to_string()).collect();
+            redis::probe(spec, plan.namespace.as_str(), &branches).await
+        }
         SourceKind::Sqs(spec) => vec![sqs::probe(spec).await],
     }
 }
 
 async fn shelf(plan: &Plan) -> Vec<Probed> {
     match &plan.source.shelf {
-        ShelfKind::Own | ShelfKind::None => Vec::new(),
+        // A shelf in Redis is looked at with its source.
+        ShelfKind::Own | ShelfKind::None | ShelfKind::Redis(_) => Vec::new(),
         ShelfKind::Postgres(spec) => vec![postgres::probe(spec, &Clock::system()).await],
     }
 }

@@ -15,6 +15,7 @@ pub mod kafka;
 pub mod memory;
 pub mod postgres;
 mod query;
+pub mod redis;
 pub mod sqs;
 mod waiting;
 

@@ -11,11 +11,11 @@ use super::PipelineSpec;
 /// The words that say what a sink is.
 pub const SINK_KINDS: &[&str] = &["stdout", "file", "http", "redis", "postgres", "kafka", "sqs"];
 /// The words that say what a source is.
-pub const SOURCE_KINDS: &[&str] = &["embedded", "memory", "kafka", "sqs"];
+pub const SOURCE_KINDS: &[&str] = &["embedded", "memory", "kafka", "redis", "sqs"];
 /// The words that say what a stage is.
 pub const STAGE_KINDS: &[&str] = &["filter", "script", "inline"];
 /// Words that are kept for kinds of a later version.
-pub const LATER_KINDS: &[&str] = &["kafka", "sqs", "postgres", "redis"];
+pub const LATER_KINDS: &[&str] = &[];
 
 static SCHEMA: LazyLock<Value> = LazyLock::new(|| schemars::schema_for!(PipelineSpec).to_value());
 

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::source::kafka::KafkaSourceSpec;
 use crate::source::postgres::PostgresShelfSpec;
+use crate::source::redis::{RedisShelfSpec, RedisSourceSpec};
 use crate::source::sqs::SqsSourceSpec;
 use crate::units::{ByteSize, Count, Rate, Span};
 
@@ -77,6 +78,8 @@ pub struct SourceSpec {
     pub memory: Option<MemorySpec>,
     /// A Kafka topic.
     pub kafka: Option<KafkaSourceSpec>,
+    /// Redis Streams.
+    pub redis: Option<RedisSourceSpec>,
     /// An SQS queue.
     pub sqs: Option<SqsSourceSpec>,
     /// What keeps records that wait. Default: the source's own.
@@ -112,6 +115,8 @@ pub struct MemorySpec {}
 pub struct ShelfSpec {
     /// The embedded log's own shelf.
     pub embedded: Option<EmbeddedShelfSpec>,
+    /// Keys of a Redis; for Redis Streams in the same slot, for other logs anywhere.
+    pub redis: Option<RedisShelfSpec>,
     /// Tables in a PostgreSQL database that every instance reaches; for a log that others keep.
     pub postgres: Option<PostgresShelfSpec>,
 }

@@ -27,6 +27,8 @@ mod outage;
 mod proxy;
 mod quickstart;
 mod real_data;
+mod redis_shelf;
+mod redis_source;
 mod reload;
 mod secrets;
 mod servers;

@@ -4,6 +4,7 @@
 
 mod foreign;
 mod log;
+mod redis;
 mod shelf;
 
 use std::sync::Arc;
@@ -274,7 +275,6 @@ macro_rules! everywhere {
                 what_is_entered_in_turn_has_its_place_before_it_is_durable
                 the_same_idempotency_key_is_one_record_and_gives_the_first_answer
                 the_same_key_at_once_is_one_record
-                lag_tells_how_much_is_left_and_how_old_it_is
                 ids_rise_with_the_log
                 an_idempotency_key_is_exact_within_its_window_and_free_after_it
                 a_closed_log_says_so_and_answers_whoever_waits
@@ -305,6 +305,7 @@ macro_rules! at_home {
         suite! {
             [cfg(test)] $name, $kind,
             log:
+                lag_tells_how_much_is_left_and_how_old_it_is
                 a_new_branch_starts_where_it_is_told_and_a_known_one_where_it_stopped
                 a_write_is_found_wherever_it_is
                 epochs_are_numbered_and_kept
@@ -321,3 +322,8 @@ everywhere!([cfg(test)] memory, InMemory);
 at_home!(memory_alone, InMemory);
 everywhere!([ignore = "needs PostgreSQL: run tests/run"] postgres_shelf, foreign::OnPostgres);
 everywhere!([ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka, foreign::OnKafka);
+everywhere!([ignore = "needs Redis: run tests/run"] redis_streams, redis::OnRedis);
+// A Redis tells of its lag a moment later.
+suite! { [ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka_lag, foreign::OnKafka,
+    log: lag_tells_how_much_is_left_and_how_old_it_is;
+}
