@@ -43,7 +43,7 @@ pub(super) struct Writer {
 }
 
 /// Writes until nobody can hand anything over any more.
-pub(super) async fn run(writer: Writer, mut jobs: mpsc::UnboundedReceiver<Job>) {
+pub(super) async fn run(writer: Writer, mut jobs: mpsc::Receiver<Job>) {
     while let Some(first) = jobs.recv().await {
         let weight = |job: &Job| job.items.iter().map(|(record, _)| record.weight()).sum::<usize>();
         let (mut bytes, mut records) = (weight(&first), first.items.len());

@@ -135,14 +135,14 @@ impl Shared {
 
     /// Makes sure of the groups; gives each stream, its cursor and what its group was given last.
     async fn begin(&self, parts: &[u16]) -> Result<Vec<(u16, u64, u64)>, Failed> {
-        let mut begun = Vec::with_capacity(parts.len());
+        let mut found = Vec::with_capacity(parts.len());
         for part in parts {
-            let (begin, known) = {
+            let (from, known) = {
                 let state = self.state.lock();
                 (state.begin.clone(), state.known.contains(part))
             };
-            let begin = if known { Begin::Earliest } else { begin };
-            let group = begin_group(&self.link, &self.names, &self.group, *part, &begin).await?;
+            let from = if known { Begin::Earliest } else { from };
+            let group = begin_group(&self.link, &self.names, &self.group, *part, &from).await?;
             if known && group.made {
                 tracing::error!(
                     server = %self.link.shown(), stream = self.names.stream(*part), group = %self.group,
@@ -153,9 +153,9 @@ impl Shared {
             }
             self.ends.at_least(*part, group.end);
             self.state.lock().known.insert(*part);
-            begun.push((*part, group.cursor, group.given));
+            found.push((*part, group.cursor, group.given));
         }
-        Ok(begun)
+        Ok(found)
     }
 
     fn tell(&self) {

@@ -24,6 +24,7 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 use redis::{Pipeline, Value};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -48,6 +49,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const KEEP: Duration = Duration::from_secs(30);
 /// … unless it takes more than this, about.
 const KEEP_BYTES: u64 = 64 << 20;
+/// Calls that wait for the server at most.
+const WAITING: usize = 16_384;
 /// What an entry takes about, before anything is known.
 const USUAL: u64 = 512;
 /// Entries in one page of a search.
@@ -117,7 +120,7 @@ struct Streams {
     durable: bool,
     instance: String,
     ends: Arc<Ends>,
-    jobs: Mutex<Option<mpsc::UnboundedSender<Job>>>,
+    jobs: Mutex<Option<mpsc::Sender<Job>>>,
     writer: Mutex<Option<JoinHandle<()>>>,
     branches: Mutex<BTreeMap<BranchName, Arc<Member>>>,
     looked: Mutex<Looked>,
@@ -141,7 +144,7 @@ fn start(spec: &RedisSourceSpec, context: &Context) -> Result<Arc<Streams>, LogE
     let link = Arc::new(Link::new(spec.address().map_err(wrong)?, spec.timeout(), durable));
     let names = Names::new(spec.prefix.as_deref(), &context.namespace, spec.streams());
     let ends = Arc::new(Ends::new(names.streams));
-    let (jobs, waiting) = mpsc::unbounded_channel();
+    let (jobs, waiting) = mpsc::channel(WAITING);
     let writer = Writer {
         link: Arc::clone(&link),
         names: names.clone(),
@@ -262,8 +265,12 @@ impl Streams {
             return Err(AdmitError::BacklogFull { bytes, limit: self.context.backlog_bytes });
         }
         let (answer, wait) = oneshot::channel();
-        let sent = self.jobs.lock().as_ref().is_some_and(|jobs| jobs.send(Job { items, answer }).is_ok());
-        if sent { Ok(wait) } else { Err(closed()) }
+        let Some(jobs) = self.jobs.lock().clone() else { return Err(closed()) };
+        match jobs.try_send(Job { items, answer }) {
+            Ok(()) => Ok(wait),
+            Err(TrySendError::Full(_)) => Err(AdmitError::Busy { retry_after: LOOK_EVERY }),
+            Err(TrySendError::Closed(_)) => Err(closed()),
+        }
     }
 
     fn member(&self, branch: &BranchName, begin: &Begin) -> Arc<Member> {

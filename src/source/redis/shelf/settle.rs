@@ -128,7 +128,7 @@ impl Shelf {
         while found.len() < limit {
             let page = self.page(branch, Some(lane), from, ROWS.min(limit - found.len()), true).await?;
             let Some((last, ..)) = page.last() else { break };
-            from = last.clone();
+            from.clone_from(last);
             for (member, head, body) in page {
                 let Some(row) = row_key(&member) else { continue };
                 let row = rows::aside_of(row, &head, Some(body))?;
