@@ -20,6 +20,9 @@ pub(super) struct RunArgs {
     /// Pipeline files, and folders of them
     #[arg(env = "WALFLOW_PATHS", default_value = "pipelines/", value_delimiter = ',')]
     paths: Vec<PathBuf>,
+    /// Run only the namespaces of these shards (`shard:` in their files); without it all
+    #[arg(long = "shard", env = "WALFLOW_SHARD", value_delimiter = ',', value_name = "NAME")]
+    shards: Vec<String>,
     /// Where to listen; without API keys only on loopback
     #[arg(long, env = "WALFLOW_LISTEN", default_value = "127.0.0.1:3000", value_name = "ADDRESS")]
     listen: SocketAddr,
@@ -66,6 +69,7 @@ pub(super) fn run(args: RunArgs) -> Result<(), Stop> {
     }
     let settings = Settings {
         paths: args.paths,
+        shards: args.shards.into_iter().filter(|shard| !shard.is_empty()).collect(),
         listen,
         data: args.data,
         strict: args.strict,
@@ -89,7 +93,8 @@ fn dry_run(args: &RunArgs) -> Result<(), Stop> {
         Output::Json => {
             let mut all = found.json();
             if args.probe {
-                all["probes"] = serde_json::to_value(&probes).map_err(std::io::Error::from)?;
+                let probes = serde_json::to_value(&probes).map_err(std::io::Error::from)?;
+                all.as_object_mut().into_iter().for_each(|all| _ = all.insert("probes".to_owned(), probes.clone()));
             }
             output::json(&all)?;
         }

@@ -216,9 +216,9 @@ impl<K: std::hash::Hash + Eq, V> Shared<K, V> {
         if let Some(known) = held.get(&key).and_then(Weak::upgrade) {
             return Ok(known);
         }
-        let made = Arc::new(make()?);
-        held.insert(key, Arc::downgrade(&made));
-        Ok(made)
+        let fresh = Arc::new(make()?);
+        held.insert(key, Arc::downgrade(&fresh));
+        Ok(fresh)
     }
 }
 

@@ -3,5 +3,7 @@
 //! Knows no record and no pipeline. A connection is made when it is needed and made again when it breaks.
 
 pub mod kafka;
+pub mod postgres;
 pub mod probe;
+pub mod sqs;
 pub mod tls;

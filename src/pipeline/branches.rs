@@ -102,10 +102,14 @@ impl Branches<'_, '_> {
     }
 
     fn cases(&mut self, pointer: &str, arm: &ArmSpec) -> Vec<Option<Predicate>> {
-        let Some(redis) = &arm.redis else { return Vec::new() };
-        let compiled = redis.cases.iter().enumerate().map(|(index, case)| {
-            let when = format!("{pointer}/redis/cases/{index}/when");
-            case.when.as_deref().and_then(|text| self.maker.predicate(&when, text))
+        let (kind, conditions): (_, Vec<Option<&str>>) = match (&arm.redis, &arm.postgres) {
+            (Some(redis), _) => ("redis", redis.cases.iter().map(|case| case.when.as_deref()).collect()),
+            (_, Some(postgres)) => ("postgres", postgres.cases.iter().map(|case| case.when.as_deref()).collect()),
+            _ => return Vec::new(),
+        };
+        let compiled = conditions.into_iter().enumerate().map(|(index, when)| {
+            let here = format!("{pointer}/{kind}/cases/{index}/when");
+            when.and_then(|text| self.maker.predicate(&here, text))
         });
         compiled.collect()
     }
@@ -182,8 +186,10 @@ impl Branches<'_, '_> {
         let here = child(&sink.pointer, sink.kind);
         check(grammar::kind(sink.kind), &mut merged, &here, true, &mut checked);
         let address = match sink.kind {
-            "http" | "redis" => Some("url"),
+            "http" | "redis" | "postgres" => Some("url"),
             "file" => Some("path"),
+            "kafka" => Some("brokers"),
+            "sqs" => Some("queue"),
             _ => None,
         };
         if let Some(address) = address
@@ -211,6 +217,9 @@ impl Branches<'_, '_> {
             "stdout" => Kind::Stdout(self.read(settings, &here)?),
             "file" => Kind::File(self.read(settings, &here)?),
             "http" => Kind::Http { spec: self.read(settings, &here)?, batched: sink.arm.batch.is_some() },
+            "postgres" => Kind::Postgres(self.read(settings, &here)?),
+            "kafka" => Kind::Kafka(self.read(settings, &here)?),
+            "sqs" => Kind::Sqs(self.read(settings, &here)?),
             _ => Kind::Redis(self.read(settings, &here)?),
         };
         self.faults(&kind, &over, &here);
@@ -300,7 +309,13 @@ fn one_second(rate: f64) -> u32 {
 /// The only sink as an arm.
 fn as_arm(sink: &SinkSpec) -> ArmSpec {
     ArmSpec {
+        stdout: sink.stdout.clone(),
+        file: sink.file.clone(),
+        http: sink.http.clone(),
         redis: sink.redis.clone(),
+        postgres: sink.postgres.clone(),
+        kafka: sink.kafka.clone(),
+        sqs: sink.sqs.clone(),
         target: sink.target,
         limits: sink.limits.clone(),
         batch: sink.batch.clone(),

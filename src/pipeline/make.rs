@@ -14,7 +14,7 @@ use super::epoch;
 use super::plan::{Plan, Routing, ShelfKind, SourceKind, SourcePlan};
 use crate::delay::{DEFAULT_MAX, Delay, DelayRule};
 use crate::source::foreign::open::SpecFault;
-use crate::source::{BranchName, kafka};
+use crate::source::{BranchName, kafka, postgres, sqs};
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
@@ -51,6 +51,7 @@ pub fn make(loaded: &Loaded, environment: &Environment, compiler: &Compiler) -> 
     let transform = maker.stages("/transform", &spec.transform);
     let routing = maker.routing(&spec);
     let branches = Branches { maker: &mut maker, spec: &spec }.make();
+    maker.one_branch(&source, branches.len());
     let retired = spec.retired.keys().map(|name| BranchName::from_stored(name)).collect();
     let mut found = std::mem::take(&mut maker.found);
     loaded.diagnostics.append(&mut found);
@@ -77,6 +78,9 @@ pub fn make(loaded: &Loaded, environment: &Environment, compiler: &Compiler) -> 
     };
     Made { plan, diagnostics: loaded.diagnostics }
 }
+
+/// What a file has that names no shelf.
+static NO_SHELF: ShelfSpec = ShelfSpec { embedded: None, postgres: None };
 
 /// Every stage list of a file.
 fn all_stages(spec: &PipelineSpec) -> impl Iterator<Item = &StageSpec> {
@@ -145,13 +149,17 @@ impl Maker<'_> {
                 self.source_faults("/source/kafka", kafka::check(kafka));
                 SourceKind::Kafka(Box::new(kafka.clone()))
             }
+            SourceSpec { sqs: Some(sqs), .. } => {
+                self.source_faults("/source/sqs", sqs::check(sqs));
+                SourceKind::Sqs(Box::new(sqs.clone()))
+            }
             SourceSpec { memory: Some(_), .. } => SourceKind::Memory,
             _ => SourceKind::Embedded,
         };
-        let shelf = self.shelf(&kind, source.shelf.as_ref());
+        let waiting = self.shelf(&kind, source.shelf.as_ref());
         SourcePlan {
             kind,
-            shelf,
+            shelf: waiting,
             retention: source.embedded.clone().unwrap_or_default().retention,
             backlog: source.backlog.clone(),
             idempotency: source.idempotency.clone(),
@@ -161,15 +169,37 @@ impl Maker<'_> {
         }
     }
 
-    fn shelf(&mut self, kind: &SourceKind, shelf: Option<&ShelfSpec>) -> ShelfKind {
-        let own = shelf.is_some_and(|shelf| shelf.embedded.is_some());
+    fn shelf(&mut self, kind: &SourceKind, spec: Option<&ShelfSpec>) -> ShelfKind {
+        let spec = spec.unwrap_or(&NO_SHELF);
+        let own = spec.embedded.is_some();
         if own && kind.is_foreign() {
             let message = "the embedded shelf is that of the embedded log";
             let found = self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/embedded", true, message.to_owned());
             self.found
                 .push(found.help("name a database that every instance reaches: `postgres: { url: … }`".to_owned()));
         }
+        if let Some(postgres) = &spec.postgres {
+            self.source_faults("/source/shelf/postgres", postgres::check(postgres));
+            if !kind.is_foreign() {
+                let message = "the embedded log has a shelf of its own, which shares its durability";
+                let found =
+                    self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/postgres", true, message.to_owned());
+                self.found
+                    .push(found.help("leave the shelf out, or name a log that others keep: kafka or sqs".to_owned()));
+            }
+            return ShelfKind::Postgres(Box::new(postgres.clone()));
+        }
         if kind.is_foreign() { ShelfKind::None } else { ShelfKind::Own }
+    }
+
+    /// A queue gives each message once, so it has one reader.
+    fn one_branch(&mut self, source: &SourcePlan, branches: usize) {
+        if matches!(source.kind, SourceKind::Sqs(_)) && branches > 1 {
+            let message = format!("a queue has one branch, and this file has {branches}: each message is given once");
+            let found = self.loaded.diagnostic(Code::SourceSetting, "/source/sqs", true, message);
+            let help = "one sink in one region; or a queue and a file for each; or kafka, where every branch reads all";
+            self.found.push(found.help(help.to_owned()));
+        }
     }
 
     fn source_faults(&mut self, here: &str, faults: Vec<SpecFault>) {

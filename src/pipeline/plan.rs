@@ -13,6 +13,8 @@ use crate::retry::Retry;
 use crate::sink::Kind;
 use crate::source::BranchName;
 use crate::source::kafka::KafkaSourceSpec;
+use crate::source::postgres::PostgresShelfSpec;
+use crate::source::sqs::SqsSourceSpec;
 use crate::spec::sink::{DeadLettersSpec, Ordering, Otherwise, StartSpec};
 use crate::spec::{BacklogSpec, IdempotencySpec, IngestLimitsSpec, RetentionSpec, TestSpec};
 use crate::transform::{PayloadSchema, Predicate, Transform};
@@ -80,6 +82,8 @@ pub enum SourceKind {
     Memory,
     /// A Kafka topic.
     Kafka(Box<KafkaSourceSpec>),
+    /// An SQS queue.
+    Sqs(Box<SqsSourceSpec>),
 }
 
 impl SourceKind {
@@ -96,6 +100,8 @@ pub enum ShelfKind {
     Own,
     /// None: nothing can wait.
     None,
+    /// A PostgreSQL database.
+    Postgres(Box<PostgresShelfSpec>),
 }
 
 /// How a record finds its sinks.

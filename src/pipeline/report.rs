@@ -15,6 +15,7 @@ use crate::delay::DelayRule;
 use crate::record::TargetKind;
 use crate::retry::{Jitter, Retry};
 use crate::sink::http::{HttpSpec, verdict_table};
+use crate::sink::postgres;
 use crate::sink::redis::{RedisCommand, RedisSpec};
 use crate::sink::{Kind, delivered_note};
 use crate::spec::diagnostic::mask;
@@ -184,6 +185,7 @@ fn source(plan: &Plan) -> Vec<Fact> {
             "Kafka topic",
             "acknowledged by every replica in sync (acks=all) before the answer; brokers do not sync their disks for it",
         ),
+        SourceKind::Sqs(_) => ("SQS queue", "listed under Successful by SQS before the answer"),
     };
     let mut facts = vec![fact("kind", kind), fact("durable", durable)];
     facts.extend(foreign(plan));
@@ -242,6 +244,22 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
             let commands = kafka.commands(plan.namespace.as_str(), &branches);
             facts.extend(commands.into_iter().map(|command| fact("", command)));
         }
+    }
+    if let SourceKind::Sqs(sqs) = &source.kind {
+        let order = if sqs.is_fifo() {
+            "a key's records keep their order (FIFO)"
+        } else {
+            "no order: the queue is a standard one"
+        };
+        facts.push(fact("queue", format!("{}; {order}", sqs.queue)));
+    }
+    if let ShelfKind::Postgres(shelf) = &source.shelf {
+        let host = crate::source::postgres::shown(shelf);
+        facts.push(fact("shelf", format!("{host}: what waits, what is dead, keys and revisions of the file")));
+        facts.push(fact(
+            "same key twice",
+            "one record, except after a crash in between: then it may be appended twice, under one id",
+        ));
     }
     if source.kind.is_foreign() && matches!(source.shelf, ShelfKind::None) {
         facts.push(fact(
@@ -326,6 +344,23 @@ impl Describe<'_> {
             }
             Kind::Http { spec, batched } => ("http", self.http(spec, *batched)),
             Kind::Redis(redis) => ("redis", self.redis(redis)),
+            Kind::Kafka(spec) => {
+                let brokers = self.shown("brokers", spec.brokers.as_deref().unwrap_or_default());
+                ("kafka", vec![fact("to", format!("topic {} at {brokers}", self.shown("topic", &spec.topic)))])
+            }
+            Kind::Sqs(spec) => (
+                "sqs",
+                vec![fact("to", format!("queue {}", self.shown("queue", spec.queue.as_deref().unwrap_or_default())))],
+            ),
+            Kind::Postgres(spec) => {
+                let to = fact("to", self.shown("url", spec.url.as_deref().unwrap_or_default()));
+                (
+                    "postgres",
+                    std::iter::once(to)
+                        .chain(postgres::steps(spec).into_iter().map(|says| fact("case", says)))
+                        .collect(),
+                )
+            }
         };
         facts.extend(delivered_note(&branch.kind).into_iter().map(|says| fact("delivery", says)));
         if let Some(was) = &branch.was {
@@ -413,6 +448,9 @@ impl Describe<'_> {
             Kind::File(_) => "file",
             Kind::Http { .. } => "http",
             Kind::Redis(_) => "redis",
+            Kind::Postgres(_) => "postgres",
+            Kind::Kafka(_) => "kafka",
+            Kind::Sqs(_) => "sqs",
         };
         let region = branch.region.as_deref().map(|region| child("/replicate/regions", region)).unwrap_or_default();
         let over = match &self.plan.routing {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use crate::clock::Clock;
 use crate::pipeline::plan::Plan;
@@ -24,6 +24,8 @@ use crate::transform::Compiler;
 /// Where the files are and what they may refer to.
 pub(super) struct Files {
     paths: Vec<PathBuf>,
+    /// The shards whose namespaces are run here; empty = all.
+    shards: Vec<String>,
     environment: Environment,
     compiler: Compiler,
     names: Mutex<BTreeMap<Arc<str>, Namespace>>,
@@ -34,6 +36,8 @@ pub(super) struct Files {
 pub(super) struct Reading {
     /// By namespace; none twice.
     pub found: Vec<Found>,
+    /// Namespaces of other shards, which other instances run, and the shard of each.
+    pub elsewhere: BTreeMap<Namespace, String>,
     /// Everything that was said about the files, warnings too.
     pub problems: Vec<Diagnostic>,
     /// The problem of a file of which nobody can say whose it is.
@@ -53,12 +57,12 @@ pub(super) struct Found {
 
 impl Files {
     /// Files under these paths; references are resolved in the process's own environment.
-    pub(super) fn new(paths: Vec<PathBuf>) -> Self {
+    pub(super) fn new(paths: Vec<PathBuf>, shards: Vec<String>) -> Self {
         let variables: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
         let compiler = Compiler::new(Clock::system(), variables.clone());
-        Self { paths, environment: Environment::new(variables), compiler, names: Mutex::default() }
+        Self { paths, shards, environment: Environment::new(variables), compiler, names: Mutex::default() }
     }
 
     /// Reads everything again.
@@ -97,6 +101,14 @@ impl Files {
                 .find(|problem| problem.namespace.is_none() && problem.is_error() && problem.code != Code::NoFiles)
                 .map(|problem| Arc::new(problem.clone()));
         }
+        let here = |plan: &Plan| self.shards.is_empty() || self.shards.contains(&plan.shard);
+        by_name.retain(|name, plan| match plan {
+            Ok(plan) if !here(plan) => {
+                reading.elsewhere.insert(name.clone(), plan.shard.clone());
+                false
+            }
+            _ => true,
+        });
         reading.found = by_name.into_iter().map(|(namespace, plan)| Found { namespace, plan }).collect();
         reading
     }
@@ -156,6 +168,10 @@ impl Reading {
 
     /// Tells every problem to the log.
     pub(super) fn report(&self) {
+        if !self.elsewhere.is_empty() {
+            let shards: std::collections::BTreeSet<&str> = self.elsewhere.values().map(String::as_str).collect();
+            info!(namespaces = self.elsewhere.len(), ?shards, "other instances run the namespaces of these shards");
+        }
         for problem in &self.problems {
             let (code, file, line) = (problem.code.as_str(), &*problem.file, problem.line);
             let help = problem.help.as_deref();

@@ -21,6 +21,7 @@ use crate::source::foreign::{First, Foreign, Settings};
 use crate::source::kafka::{self, KafkaStart};
 use crate::source::memory::Memory;
 use crate::source::{Log, LogError, Shelf};
+use crate::source::{postgres, sqs};
 use crate::spec::OnFull;
 
 /// Every log of the instance.
@@ -163,12 +164,14 @@ impl Logs {
         };
         let store: Option<Arc<dyn Store>> = match &source.shelf {
             ShelfKind::Own | ShelfKind::None => None,
+            ShelfKind::Postgres(spec) => Some(postgres::open(spec, &context).await?),
         };
         let (broker, first) = match &source.kind {
             SourceKind::Kafka(spec) => {
                 let first = if spec.start == KafkaStart::Earliest { First::Earliest } else { First::Latest };
                 (kafka::open(spec, &context)?, first)
             }
+            SourceKind::Sqs(spec) => (sqs::open(spec, &context)?, First::Earliest),
             SourceKind::Embedded | SourceKind::Memory => return Err(LogError::Unsupported("this log has no broker")),
         };
         let pair =
@@ -179,7 +182,7 @@ impl Logs {
     }
 
     /// Refuses a plan that would have a namespace that runs change its log.
-    pub(super) fn same_log(&self, name: &Namespace, now: &Plan, next: &Plan) -> Result<(), LogError> {
+    pub(super) fn same_log(name: &Namespace, now: &Plan, next: &Plan) -> Result<(), LogError> {
         let of = |plan: &Plan| format!("{:?} {:?}", plan.source.kind, plan.source.shelf);
         if of(now) == of(next) {
             return Ok(());

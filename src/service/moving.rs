@@ -4,6 +4,7 @@
 //! moment, and the namespace goes on. Until that moment nothing has changed but copies that nobody reads; a branch that does
 //! not come to its end stops the whole, and the namespace goes on where it was.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use super::files::Found;
 use super::pipeline::{Config, Pipeline};
 use super::pipelines::Pipelines;
 use crate::console::{MoveError, Moved, StuckBranch};
@@ -67,11 +69,24 @@ impl Pipelines {
         let old = self.logs.embedded(&name)?.ok_or_else(unknown)?;
         pipeline.set_moving(true);
         let result = self.carry_over(&pipeline, &old, &plan, &path, text, patience).await;
-        if result.is_err() {
-            pipeline.set_moving(false);
-            old.hold_releases(false);
+        let moved = match result {
+            Ok(moved) => moved,
+            Err(error) => {
+                pipeline.set_moving(false);
+                old.hold_releases(false);
+                return Err(error);
+            }
+        };
+        // The file is switched: from here on there is no way back. Writes hear 503 until the new log is open.
+        let found = Found { namespace: name.clone(), plan: Ok(Arc::clone(&plan)) };
+        if let Err(error) = self.begin(name.clone(), Some(plan), Config::Current).await {
+            warn!(ns = %name, %error, "moved, but the new log is not open yet; it is tried again");
+            tokio::spawn(Arc::clone(self).settle_change(name.clone(), Some(found)));
+            return Err(error.into());
         }
-        result
+        self.logs.delete_embedded(&name).await?;
+        info!(ns = %name, ?moved, "moved to another log");
+        Ok(moved)
     }
 
     async fn carry_over(
@@ -110,10 +125,6 @@ impl Pipelines {
             pipeline.apply(pipeline.plan(), Config::Current).await?;
             return Err(MoveError::Refused(format!("{} could not be written: {cause}", path.display())));
         }
-        self.forget(name);
-        self.begin(name.clone(), Some(Arc::clone(plan)), Config::Current).await?;
-        self.logs.delete_embedded(name).await?;
-        info!(ns = %name, ?moved, "moved to another log");
         Ok(moved)
     }
 }
@@ -218,10 +229,10 @@ async fn copy_keys(old: &EmbeddedNamespace, new: &Foreign) -> Result<u64, LogErr
 /// Puts the new file in the place of the old one: whoever reads sees the one or the other.
 fn switch(path: &Path, text: &str) -> std::io::Result<()> {
     let next: PathBuf = path.with_extension("moving");
-    let mut file = std::fs::File::create(&next)?;
+    let mut file = File::options().write(true).create(true).truncate(true).open(&next)?;
     std::io::Write::write_all(&mut file, text.as_bytes())?;
     file.sync_all()?;
     std::fs::rename(&next, path)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::File::open(folder)?.sync_all()
+    File::options().read(true).open(folder)?.sync_all()
 }

@@ -61,6 +61,8 @@ pub(super) struct Pipelines {
     running: CancellationToken,
     set: RwLock<BTreeMap<Namespace, Arc<Pipeline>>>,
     absent: RwLock<BTreeMap<Namespace, Absent>>,
+    /// Namespaces that other instances run, and their shard.
+    elsewhere: RwLock<BTreeMap<Namespace, String>>,
     /// When the files were last read and made so.
     applied_at: RwLock<Timestamp>,
     ready: AtomicBool,
@@ -79,6 +81,7 @@ impl Pipelines {
             running,
             set: RwLock::default(),
             absent: RwLock::default(),
+            elsewhere: RwLock::default(),
             applied_at: RwLock::default(),
             ready: AtomicBool::new(false),
             applying: tokio::sync::Mutex::new(()),
@@ -91,6 +94,7 @@ impl Pipelines {
         let _applying = self.applying.lock().await;
         let mut names: BTreeSet<Namespace> = reading.found.iter().map(|found| found.namespace.clone()).collect();
         let nameless = reading.nameless;
+        *self.elsewhere.write() = reading.elsewhere;
         let mut work: Vec<(Namespace, Option<Found>)> =
             reading.found.into_iter().map(|found| (found.namespace.clone(), Some(found))).collect();
         let known = self.set.read().keys().cloned().chain(self.logs.names()).collect::<BTreeSet<_>>();
@@ -125,7 +129,7 @@ impl Pipelines {
 
     /// Changes one namespace; what failed because a server is away is tried again until it is there, or until the files are
     /// read anew.
-    async fn settle_change(self: Arc<Self>, name: Namespace, found: Option<Found>) {
+    pub(super) async fn settle_change(self: Arc<Self>, name: Namespace, found: Option<Found>) {
         let turn = {
             let mut changes = self.changes.lock();
             let entry = changes.entry(name.clone()).or_default();
@@ -172,7 +176,8 @@ impl Pipelines {
 
     /// One namespace: `found` is what its file says now, `None` = the file is gone.
     async fn change(&self, name: Namespace, found: Option<Found>) -> Result<(), LogError> {
-        let running = self.get(&name);
+        // What has moved away is replaced by what runs on the new log.
+        let running = self.get(&name).filter(|pipeline| !pipeline.is_moving());
         let (plan, config) = match (found.map(|found| found.plan), &running) {
             (Some(Ok(plan)), _) => (Some(plan), Config::Current),
             (Some(Err(problem)), _) => (None, Config::Stale(problem)),
@@ -182,7 +187,7 @@ impl Pipelines {
             (Some(pipeline), Some(plan)) => {
                 // The same log, as its bounds may have changed; another one is refused there.
                 if plan.source.kind.is_foreign() || pipeline.plan().source.kind.is_foreign() {
-                    self.logs.same_log(&name, &pipeline.plan(), &plan)?;
+                    Logs::same_log(&name, &pipeline.plan(), &plan)?;
                 }
                 pipeline.apply(plan, config).await
             }
@@ -242,11 +247,6 @@ impl Pipelines {
         plans
     }
 
-    /// Takes out a namespace whose branches have ended.
-    pub(super) fn forget(&self, name: &Namespace) {
-        self.set.write().remove(name);
-    }
-
     /// A namespace that runs, or drains.
     pub(super) fn get(&self, name: &Namespace) -> Option<Arc<Pipeline>> {
         self.set.read().get(name).cloned()
@@ -255,6 +255,11 @@ impl Pipelines {
     /// Why a namespace that a file names does not run.
     pub(super) fn absent(&self, name: &Namespace) -> Option<Absent> {
         self.absent.read().get(name).cloned()
+    }
+
+    /// The shard of a namespace that other instances run.
+    pub(super) fn elsewhere(&self, name: &Namespace) -> Option<String> {
+        self.elsewhere.read().get(name).cloned()
     }
 
     /// Every namespace that does not run although a file names it.

@@ -2,6 +2,7 @@
 //!
 //! Takes plans, gives for each namespace what was found at its source, its shelf and the target of each branch.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,9 +11,9 @@ use serde::Serialize;
 
 use crate::clock::Clock;
 use crate::connection::probe::Probed;
-use crate::pipeline::plan::{BranchPlan, Plan, SourceKind};
+use crate::pipeline::plan::{BranchPlan, Plan, ShelfKind, SourceKind};
 use crate::sink::{self, SinkContext};
-use crate::source::kafka;
+use crate::source::{kafka, postgres, sqs};
 
 /// Nothing is waited for longer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -47,7 +48,7 @@ impl Probe {
         for part in &self.parts {
             for probed in &part.probed {
                 let verdict = if probed.ok { "ok  " } else { "FAIL" };
-                out.push_str(&format!("  {verdict}  {}: {}: {}\n", part.name, probed.what, probed.found));
+                let _ = writeln!(out, "  {verdict}  {}: {}: {}", part.name, probed.what, probed.found);
             }
         }
         out
@@ -62,8 +63,9 @@ pub async fn probe(plans: &[Plan]) -> Vec<Probe> {
 async fn namespace(plan: &Plan) -> Probe {
     let source = part("source".to_owned(), source(plan));
     let branches = join_all(plan.branches.iter().map(|one| part(format!("branch {}", one.name), branch(plan, one))));
-    let (source, branches) = tokio::join!(source, branches);
-    let parts = std::iter::once(source).chain(branches).filter(|part| !part.probed.is_empty()).collect();
+    let shelf = part("shelf".to_owned(), shelf(plan));
+    let (source, shelf, branches) = tokio::join!(source, shelf, branches);
+    let parts = [source, shelf].into_iter().chain(branches).filter(|part| !part.probed.is_empty()).collect();
     Probe { namespace: plan.namespace.to_string(), parts }
 }
 
@@ -81,6 +83,14 @@ async fn source(plan: &Plan) -> Vec<Probed> {
             let branches: Vec<String> = plan.branches.iter().map(|branch| branch.name.to_string()).collect();
             kafka::probe(spec, plan.namespace.as_str(), &branches).await
         }
+        SourceKind::Sqs(spec) => vec![sqs::probe(spec).await],
+    }
+}
+
+async fn shelf(plan: &Plan) -> Vec<Probed> {
+    match &plan.source.shelf {
+        ShelfKind::Own | ShelfKind::None => Vec::new(),
+        ShelfKind::Postgres(spec) => vec![postgres::probe(spec, &Clock::system()).await],
     }
 }
 

@@ -6,8 +6,11 @@
 pub mod file;
 pub mod http;
 mod json;
+pub mod kafka;
 mod lines;
+pub mod postgres;
 pub mod redis;
+pub mod sqs;
 pub mod stdout;
 pub mod template;
 #[cfg(test)]
@@ -142,6 +145,12 @@ pub enum Kind {
     },
     /// Redis commands.
     Redis(Box<redis::RedisSpec>),
+    /// Rows of a PostgreSQL database.
+    Postgres(Box<postgres::PostgresSpec>),
+    /// Messages of a Kafka topic.
+    Kafka(Box<kafka::KafkaSpec>),
+    /// Messages of an SQS queue.
+    Sqs(Box<sqs::SqsSpec>),
 }
 
 impl Kind {
@@ -152,6 +161,9 @@ impl Kind {
             Self::File(_) => "file",
             Self::Http { .. } => "http",
             Self::Redis(_) => "redis",
+            Self::Postgres(_) => "postgres",
+            Self::Kafka(_) => "kafka",
+            Self::Sqs(_) => "sqs",
         }
     }
 }
@@ -234,6 +246,9 @@ pub fn open(kind: &Kind, context: &SinkContext) -> Result<Box<dyn Sink>, OpenErr
         Kind::File(spec) => Box::new(file::FileSink::open(spec, context)?),
         Kind::Http { spec, batched } => Box::new(http::HttpSink::open(spec, *batched, context)?),
         Kind::Redis(spec) => Box::new(redis::RedisSink::open(spec, context)?),
+        Kind::Postgres(spec) => Box::new(postgres::PostgresSink::open(spec, context)?),
+        Kind::Kafka(spec) => Box::new(kafka::KafkaSink::open(spec, context)?),
+        Kind::Sqs(spec) => Box::new(sqs::SqsSink::open(spec, context)?),
     })
 }
 
@@ -244,6 +259,9 @@ pub fn check(kind: &Kind) -> Vec<SpecFault> {
         Kind::File(spec) => file::check(spec),
         Kind::Http { spec, batched } => http::check(spec, *batched),
         Kind::Redis(spec) => redis::check(spec),
+        Kind::Postgres(spec) => postgres::check(spec),
+        Kind::Kafka(spec) => kafka::check(spec),
+        Kind::Sqs(spec) => sqs::check(spec),
     }
 }
 
@@ -251,7 +269,7 @@ pub fn check(kind: &Kind) -> Vec<SpecFault> {
 pub const fn retry_default(kind: &Kind) -> Retry {
     match kind {
         Kind::Http { .. } => Retry::webhook(),
-        Kind::Stdout(_) | Kind::File(_) | Kind::Redis(_) => Retry::nearby(),
+        _ => Retry::nearby(),
     }
 }
 
@@ -260,6 +278,8 @@ pub const fn target_kind(kind: &Kind) -> TargetKind {
     match kind {
         Kind::Http { .. } => TargetKind::Http,
         Kind::Redis(_) => TargetKind::Cache,
+        Kind::Postgres(_) => TargetKind::Database,
+        Kind::Kafka(_) | Kind::Sqs(_) => TargetKind::Queue,
         Kind::Stdout(_) | Kind::File(_) => TargetKind::FileSystem,
     }
 }
@@ -274,5 +294,8 @@ pub fn delivered_note(kind: &Kind) -> Vec<String> {
         ],
         Kind::Http { spec, batched } => http::delivered_note(spec, *batched),
         Kind::Redis(spec) => redis::delivered_note(spec),
+        Kind::Postgres(spec) => postgres::delivered_note(spec),
+        Kind::Kafka(_) => kafka::delivered_note(),
+        Kind::Sqs(spec) => sqs::delivered_note(spec),
     }
 }

@@ -13,8 +13,10 @@ pub mod foreign;
 pub mod frontier;
 pub mod kafka;
 pub mod memory;
+pub mod postgres;
 mod query;
 pub mod redis;
+pub mod sqs;
 mod waiting;
 
 use std::collections::HashSet;

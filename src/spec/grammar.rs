@@ -9,9 +9,9 @@ use serde_json::Value;
 use super::PipelineSpec;
 
 /// The words that say what a sink is.
-pub const SINK_KINDS: &[&str] = &["stdout", "file", "http", "redis"];
+pub const SINK_KINDS: &[&str] = &["stdout", "file", "http", "redis", "postgres", "kafka", "sqs"];
 /// The words that say what a source is.
-pub const SOURCE_KINDS: &[&str] = &["embedded", "memory", "kafka"];
+pub const SOURCE_KINDS: &[&str] = &["embedded", "memory", "kafka", "sqs"];
 /// The words that say what a stage is.
 pub const STAGE_KINDS: &[&str] = &["filter", "script", "inline"];
 /// Words that are kept for kinds of a later version.
@@ -36,6 +36,9 @@ pub fn kind(name: &str) -> &'static Value {
         "file" => "FileSpec",
         "http" => "HttpSpec",
         "redis" => "RedisSpec",
+        "postgres" => "PostgresSpec",
+        "kafka" => "KafkaSpec",
+        "sqs" => "SqsSpec",
         _ => "",
     })
 }

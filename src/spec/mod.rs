@@ -26,6 +26,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::source::kafka::KafkaSourceSpec;
+use crate::source::postgres::PostgresShelfSpec;
+use crate::source::sqs::SqsSourceSpec;
 use crate::units::{ByteSize, Count, Rate, Span};
 
 /// One namespace's pipeline: source, delay, transform, replicate, sink.
@@ -75,6 +77,8 @@ pub struct SourceSpec {
     pub memory: Option<MemorySpec>,
     /// A Kafka topic.
     pub kafka: Option<KafkaSourceSpec>,
+    /// An SQS queue.
+    pub sqs: Option<SqsSourceSpec>,
     /// What keeps records that wait. Default: the source's own.
     pub shelf: Option<ShelfSpec>,
     /// A bound on unfinished records, by branch.
@@ -108,6 +112,8 @@ pub struct MemorySpec {}
 pub struct ShelfSpec {
     /// The embedded log's own shelf.
     pub embedded: Option<EmbeddedShelfSpec>,
+    /// Tables in a PostgreSQL database that every instance reaches; for a log that others keep.
+    pub postgres: Option<PostgresShelfSpec>,
 }
 
 /// `source.shelf.embedded:`

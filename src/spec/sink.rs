@@ -9,7 +9,10 @@ use crate::record::TargetKind;
 use crate::retry::RetrySpec;
 use crate::sink::file::FileSpec;
 use crate::sink::http::HttpSpec;
+use crate::sink::kafka::KafkaSpec;
+use crate::sink::postgres::PostgresSpec;
 use crate::sink::redis::RedisSpec;
+use crate::sink::sqs::SqsSpec;
 use crate::sink::stdout::StdoutSpec;
 use crate::units::{ByteSize, Rate, Span};
 
@@ -31,6 +34,12 @@ pub struct SinkSpec {
     pub http: Option<HttpSpec>,
     /// Redis commands.
     pub redis: Option<RedisSpec>,
+    /// Rows of a PostgreSQL database.
+    pub postgres: Option<PostgresSpec>,
+    /// Messages of a Kafka topic.
+    pub kafka: Option<KafkaSpec>,
+    /// Messages of an SQS queue.
+    pub sqs: Option<SqsSpec>,
     /// What sort of target this is for the API's `target.type`. Default: by kind.
     pub target: Option<TargetKind>,
     /// How fast and how much at once, per branch.
@@ -69,6 +78,12 @@ pub struct ArmSpec {
     pub http: Option<HttpSpec>,
     /// Redis commands.
     pub redis: Option<RedisSpec>,
+    /// Rows of a PostgreSQL database.
+    pub postgres: Option<PostgresSpec>,
+    /// Messages of a Kafka topic.
+    pub kafka: Option<KafkaSpec>,
+    /// Messages of an SQS queue.
+    pub sqs: Option<SqsSpec>,
     /// What sort of target this is for the API's `target.type`. Default: by kind.
     pub target: Option<TargetKind>,
     /// How fast and how much at once, per branch.

@@ -11,6 +11,7 @@
 )]
 #![expect(unreachable_pub, reason = "the files share what the harness offers")]
 
+mod backends;
 mod command;
 mod crash;
 mod dead_letters;
@@ -21,6 +22,7 @@ mod hostile;
 mod http;
 mod kafka;
 mod kafka_faults;
+mod moving;
 mod outage;
 mod proxy;
 mod quickstart;

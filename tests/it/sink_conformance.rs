@@ -3,6 +3,8 @@
 //! sent again. Kinds that need a server are run against a real one.
 
 mod http;
+pub(crate) mod postgres;
+mod queues;
 mod redis;
 mod tls;
 mod web;

@@ -311,8 +311,9 @@ impl Actor {
     }
 
     fn may_read(&self) -> bool {
+        let leaves_it = self.caps.shared && self.draining.is_some();
         !self.is_halting()
-            && !(self.caps.shared && self.draining.is_some())
+            && !leaves_it
             && self.has_room()
             && self.pause.as_ref().is_none_or(|pause| !pause.cause.starts_with("dead_letters"))
             && (self.asides.wait_for(&self.read_to)

@@ -2,6 +2,7 @@
 //!
 //! A new kind is one more [`Kind`] and one more line at the end of this file. A case never asks which kind it runs on.
 
+mod foreign;
 mod log;
 mod redis;
 mod shelf;
@@ -32,9 +33,6 @@ const KEPT_BYTES: u64 = 8 << 10;
 
 /// A pair on its storage, with a clock of its own.
 trait Kind: Sized {
-    /// Cases that cannot hold on it, and why.
-    const LEFT_OUT: &[(&str, &str)] = &[];
-
     async fn start() -> Self;
 
     /// What a restart of the process does to it; everything acknowledged is still there.
@@ -206,6 +204,15 @@ async fn until_counts(shelf: &Arc<dyn Shelf>, fine: impl Fn(&ShelfCounts) -> boo
     }
 }
 
+/// Waits until the log says that it ends there: a broker's may be a little behind.
+async fn until_end(log: &Arc<dyn Log>, end: u64) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while log.end().single() != Position(end) {
+        assert!(std::time::Instant::now() < deadline, "{:?} is the end, not {end}", log.end());
+        tokio::task::yield_now().await;
+    }
+}
+
 /// Waits until the log keeps these revisions.
 async fn until_epochs(log: &Arc<dyn Log>, expected: &[u32]) {
     let numbers = || log.epochs().iter().map(|epoch| epoch.number).collect::<Vec<_>>();
@@ -238,24 +245,15 @@ fn closed<T>(verb: &str, answer: Result<T, LogError>) {
     }
 }
 
+/// One test for each case and kind, each with the attribute.
 macro_rules! suite {
-    ($($module:ident: $($case:ident)*;)*) => {
-        suite!(embedded, OnDisk, cfg(test), $($module: $($case)*;)*);
-        suite!(memory, InMemory, cfg(test), $($module: $($case)*;)*);
-        suite!(on_redis, redis::OnRedis, ignore = "needs a Redis server: run tests/run", $($module: $($case)*;)*);
-    };
-    ($name:ident, $kind:ty, $attribute:meta, $($module:ident: $($case:ident)*;)*) => {
+    ($attribute:tt $name:ident, $kind:ty, $($module:ident: $($case:ident)*;)*) => {
         mod $name {
             use super::*;
             $($(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-                #[$attribute]
+                # $attribute
                 async fn $case() {
-                    let left_out = <$kind>::LEFT_OUT.iter().find(|(case, _)| *case == stringify!($case));
-                    if let Some((case, why)) = left_out {
-                        eprintln!("{case} is left out: {why}");
-                        return;
-                    }
                     super::$module::$case(<$kind>::start().await).await;
                 }
             )*)*
@@ -263,40 +261,65 @@ macro_rules! suite {
     };
 }
 
-suite! {
-    log:
-        records_come_in_the_order_of_the_log_each_once
-        a_batch_has_as_many_records_and_bytes_as_asked_for
-        a_reader_waits_for_what_comes_and_loses_nothing_when_it_gives_up
-        branches_read_and_settle_apart
-        a_new_branch_starts_where_it_is_told_and_a_known_one_where_it_stopped
-        writes_of_one_call_stand_together_in_their_order
-        what_is_entered_in_turn_has_its_place_before_it_is_durable
-        the_same_idempotency_key_is_one_record_and_gives_the_first_answer
-        the_same_key_at_once_is_one_record
-        lag_tells_how_much_is_left_and_how_old_it_is
-        ids_rise_with_the_log
-        a_write_is_found_wherever_it_is
-        epochs_are_numbered_and_kept
-        an_idempotency_key_is_exact_within_its_window_and_free_after_it
-        what_is_finished_goes_by_size_and_what_is_not_stays
-        what_is_finished_goes_by_age_and_what_is_not_stays
-        a_closed_log_says_so_and_answers_whoever_waits
-        an_epoch_goes_when_no_cursor_and_no_row_needs_it_and_the_newest_stays
-        a_branch_goes_on_under_another_name_and_is_forgotten_whole;
-    shelf:
-        what_is_parked_comes_when_it_is_due_in_that_order_and_never_before
-        what_is_parked_is_listed_in_pages_and_by_key
-        what_is_cancelled_never_comes
-        what_is_moved_comes_at_its_new_time
-        parked_records_outlive_a_restart
-        rows_set_aside_come_back_in_order_with_what_is_known_of_them
-        ends_above_the_frontier_are_remembered
-        a_dead_letter_ends_its_row_and_is_listed_by_each_filter
-        replay_sends_back_in_order_and_leaves_what_was_overtaken
-        a_purged_letter_does_not_come_again
-        a_purge_takes_no_more_than_it_was_told
-        a_pause_outlives_a_restart_until_it_is_cleared
-        marks_outlive_a_restart_until_the_frontier_has_passed
-        a_closed_shelf_says_so;
+/// What every pair does, whoever keeps its log.
+macro_rules! everywhere {
+    ($attribute:tt $name:ident, $kind:ty) => {
+        suite! {
+            $attribute $name, $kind,
+            log:
+                records_come_in_the_order_of_the_log_each_once
+                a_batch_has_as_many_records_and_bytes_as_asked_for
+                a_reader_waits_for_what_comes_and_loses_nothing_when_it_gives_up
+                branches_read_and_settle_apart
+                writes_of_one_call_stand_together_in_their_order
+                what_is_entered_in_turn_has_its_place_before_it_is_durable
+                the_same_idempotency_key_is_one_record_and_gives_the_first_answer
+                the_same_key_at_once_is_one_record
+                lag_tells_how_much_is_left_and_how_old_it_is
+                ids_rise_with_the_log
+                an_idempotency_key_is_exact_within_its_window_and_free_after_it
+                a_closed_log_says_so_and_answers_whoever_waits
+                a_branch_goes_on_under_another_name_and_is_forgotten_whole;
+            shelf:
+                what_is_parked_comes_when_it_is_due_in_that_order_and_never_before
+                what_is_parked_is_listed_in_pages_and_by_key
+                what_is_cancelled_never_comes
+                what_is_moved_comes_at_its_new_time
+                parked_records_outlive_a_restart
+                rows_set_aside_come_back_in_order_with_what_is_known_of_them
+                ends_above_the_frontier_are_remembered
+                a_dead_letter_ends_its_row_and_is_listed_by_each_filter
+                replay_sends_back_in_order_and_leaves_what_was_overtaken
+                a_purged_letter_does_not_come_again
+                a_purge_takes_no_more_than_it_was_told
+                a_pause_outlives_a_restart_until_it_is_cleared
+                marks_outlive_a_restart_until_the_frontier_has_passed
+                a_closed_shelf_says_so;
+        }
+    };
 }
+
+/// What only a log that walflow keeps itself can do: places of its own choice, look-up in the log, retention, revisions by
+/// place. A broker's log is trimmed by its owner, and nobody can find a record in it by its id.
+macro_rules! at_home {
+    ($name:ident, $kind:ty) => {
+        suite! {
+            [cfg(test)] $name, $kind,
+            log:
+                a_new_branch_starts_where_it_is_told_and_a_known_one_where_it_stopped
+                a_write_is_found_wherever_it_is
+                epochs_are_numbered_and_kept
+                what_is_finished_goes_by_size_and_what_is_not_stays
+                what_is_finished_goes_by_age_and_what_is_not_stays
+                an_epoch_goes_when_no_cursor_and_no_row_needs_it_and_the_newest_stays;
+        }
+    };
+}
+
+everywhere!([cfg(test)] embedded, OnDisk);
+at_home!(embedded_alone, OnDisk);
+everywhere!([cfg(test)] memory, InMemory);
+at_home!(memory_alone, InMemory);
+everywhere!([ignore = "needs PostgreSQL: run tests/run"] postgres_shelf, foreign::OnPostgres);
+everywhere!([ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka, foreign::OnKafka);
+everywhere!([ignore = "needs Redis: run tests/run"] on_redis, redis::OnRedis);

@@ -40,25 +40,6 @@ impl OnRedis {
 }
 
 impl Kind for OnRedis {
-    const LEFT_OUT: &[(&str, &str)] = &[
-        (
-            "a_new_branch_starts_where_it_is_told_and_a_known_one_where_it_stopped",
-            "a broker's log is not entered at a position; tests/it/redis_source.rs shows the rest",
-        ),
-        ("lag_tells_how_much_is_left_and_how_old_it_is", "it is as of a moment ago, and counts what was read"),
-        ("a_write_is_found_wherever_it_is", "a broker's log is not searched for an id"),
-        ("epochs_are_numbered_and_kept", "where a revision begins only the broker can read"),
-        (
-            "an_epoch_goes_when_no_cursor_and_no_row_needs_it_and_the_newest_stays",
-            "where a revision begins only the broker can read, so all stay",
-        ),
-        (
-            "what_is_finished_goes_by_size_and_what_is_not_stays",
-            "what is finished goes after half a minute, whatever its size",
-        ),
-        ("what_is_finished_goes_by_age_and_what_is_not_stays", "what is finished goes after half a minute"),
-    ];
-
     async fn start() -> Self {
         Self::pair(format!("conformance-{:012x}", fastrand::u64(..) >> 16), clock()).await
     }

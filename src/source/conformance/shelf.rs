@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Kind, append, branch, closed, id_of, in_time, payloads, read, settle_to, until_counts, write};
+use super::{Kind, append, branch, closed, id_of, in_time, payloads, read, settle_to, until_counts, until_end, write};
 use crate::clock::Timestamp;
 use crate::record::Position;
 use crate::source::{
@@ -79,13 +79,13 @@ pub(super) async fn what_is_parked_comes_when_it_is_due_in_that_order_and_never_
     for (seconds, payload) in [(30, "c"), (10, "a"), (20, "b"), (10, "a2"), (100, "d")] {
         park(&log, after(&kind, seconds), None, payload).await;
     }
-    assert_eq!(log.end().single(), Position(0));
+    until_end(&log, 0).await;
     until_counts(&kind.shelf(), |counts| counts.parked == 5).await;
     kind.clock().advance(Duration::from_millis(9_999));
     assert!(futures::poll!(start.subscription.next(1, usize::MAX)).is_pending());
     kind.clock().advance(Duration::from_millis(20_001));
     assert_eq!(payloads(&read(&mut *start.subscription, 4).await), ["a", "a2", "b", "c"].map(Bytes::from));
-    assert_eq!(log.end().single(), Position(4));
+    until_end(&log, 4).await;
     until_counts(&kind.shelf(), |counts| counts.parked == 1).await;
 }
 
@@ -123,7 +123,7 @@ pub(super) async fn what_is_cancelled_never_comes<K: Kind>(kind: K) {
     let mut start = kind.log().open_branch(&branch(), Start::Earliest).await.unwrap();
     kind.clock().advance(Duration::from_secs(60));
     assert_eq!(payloads(&read(&mut *start.subscription, 1).await), ["3"].map(Bytes::from));
-    assert_eq!(kind.log().end().single(), Position(1));
+    until_end(&kind.log(), 1).await;
     until_counts(&kind.shelf(), |counts| counts.parked == 0).await;
 }
 
@@ -316,7 +316,7 @@ pub(super) async fn a_closed_shelf_says_so<K: Kind>(kind: K) {
     closed("purge", in_time("purge", shelf.purge(all())).await);
     // What fell due after the end stays where it is.
     kind.clock().advance(Duration::from_secs(60));
-    assert_eq!(log.end().single(), Position(3));
+    until_end(&log, 3).await;
     drop((log, shelf));
     let kind = kind.reopen().await;
     assert_eq!(kind.shelf().dead_letters(all()).await.unwrap().rows.len(), 1, "nothing of that has happened");

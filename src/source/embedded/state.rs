@@ -16,6 +16,7 @@ mod schema;
 mod seen;
 #[cfg(test)]
 mod tests;
+mod upgrade;
 mod waiting;
 
 use std::collections::BTreeMap;

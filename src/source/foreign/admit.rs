@@ -245,7 +245,7 @@ impl Inner {
                         }
                     }
                     Claimed::Running => running = true,
-                    known => draft.answer = Some(Ok(repeated(draft, known))),
+                    known @ Claimed::Known { .. } => draft.answer = Some(Ok(repeated(draft, known))),
                 }
             }
             if !running {

@@ -13,7 +13,6 @@ use crate::source::{AdmitError, BranchName, DeadLetter, IdempotencyKey, Lag, Log
 
 /// What a broker can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "a table of yes and no")]
 pub struct BrokerCaps {
     /// Order per key is kept.
     pub ordered: bool,

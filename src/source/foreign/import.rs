@@ -19,7 +19,7 @@ const HASHED_BY: &str = "hashed-by";
 const FOR_EVER: Timestamp = Timestamp::from_millis(253_000_000_000_000);
 
 fn text(hash: &[u8; 16]) -> Box<str> {
-    hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>().into()
+    format!("{:032x}", u128::from_be_bytes(*hash)).into()
 }
 
 fn bare(id: RecordId, written_at: Timestamp, due_at: Option<Timestamp>) -> Arc<Record> {

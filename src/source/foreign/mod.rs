@@ -11,6 +11,10 @@ pub mod open;
 mod release;
 mod settle;
 pub mod store;
+#[cfg(test)]
+pub(super) mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -25,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use self::admit::Ids;
 use self::broker::{Begin, Broker};
 use self::settle::Settler;
-use self::store::{Store, StoredEpoch, StoredRecord};
+use self::store::{Store, StoredBranch, StoredEpoch, StoredRecord};
 use super::{
     AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Entry,
     Epoch, Fate, Found, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement,
@@ -116,8 +120,8 @@ impl Foreign {
     /// What durable means here, and what is wrong.
     pub fn facts(&self) -> Vec<String> {
         let broker = &self.inner.broker;
-        let shelf = self.inner.store.as_ref().map(|store| store.note());
-        [Some(broker.durable_note()), shelf, broker.trouble()].into_iter().flatten().collect()
+        let store = self.inner.store.as_ref().map(|store| store.note());
+        [Some(broker.durable_note()), store, broker.trouble()].into_iter().flatten().collect()
     }
 
     /// Lets everything go: what waits is handed over first.
@@ -206,7 +210,7 @@ impl Inner {
         }
         let stored = match &self.store {
             Some(store) => store.open_branch(&branch, &opened.cursor, &self.instance).await?,
-            None => Default::default(),
+            None => StoredBranch::default(),
         };
         let mine = |position: Position| opened.parts.as_ref().is_none_or(|parts| parts.contains(&position.part()));
         Ok(BranchStart {
@@ -279,16 +283,16 @@ fn epoch(stored: StoredEpoch) -> Epoch {
 
 impl Log for Foreign {
     fn caps(&self) -> Caps {
-        let (broker, shelf) = (self.inner.broker.caps(), self.inner.store.is_some());
+        let (broker, has_store) = (self.inner.broker.caps(), self.inner.store.is_some());
         Caps {
-            delay: shelf || broker.delay.is_some(),
-            max_delay: if shelf { None } else { broker.delay },
-            schedule: shelf,
+            delay: has_store || broker.delay.is_some(),
+            max_delay: if has_store { None } else { broker.delay },
+            schedule: has_store,
             ordered: broker.ordered,
             exact_keys: self.inner.broker.append_exactly(&[]).is_some(),
             look_up: false,
             durable: broker.durable,
-            set_aside: shelf,
+            set_aside: has_store,
             shared: true,
             each_end: broker.each_end,
         }

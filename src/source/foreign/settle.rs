@@ -15,18 +15,20 @@ use crate::source::{BranchName, LogError, Settlement};
 /// Settlements in one transaction at most.
 const GROUP: usize = 256;
 
+/// Settlements that wait at most: more than a branch has deliveries in flight.
+const MOST: usize = 65_536;
+
 type Told = oneshot::Sender<Result<(), LogError>>;
 
 /// The task that writes a branch's rows. Dropped, it still writes what it was given.
 pub(super) struct Settler {
-    orders: mpsc::UnboundedSender<(Settlement, Told)>,
+    orders: mpsc::Sender<(Settlement, Told)>,
     task: JoinHandle<()>,
 }
 
 impl Settler {
     pub(super) fn start(inner: &Arc<Inner>, branch: BranchName) -> Self {
-        // Its length is bounded by the branch: it has so many deliveries in flight and no more.
-        let (orders, waiting) = mpsc::unbounded_channel();
+        let (orders, waiting) = mpsc::channel(MOST);
         Self { orders, task: tokio::spawn(write(Arc::downgrade(inner), branch, waiting)) }
     }
 
@@ -38,7 +40,7 @@ impl Settler {
     }
 }
 
-async fn write(inner: Weak<Inner>, branch: BranchName, mut waiting: mpsc::UnboundedReceiver<(Settlement, Told)>) {
+async fn write(inner: Weak<Inner>, branch: BranchName, mut waiting: mpsc::Receiver<(Settlement, Told)>) {
     let mut group = Vec::new();
     while waiting.recv_many(&mut group, GROUP).await > 0 {
         let Some(inner) = inner.upgrade() else { return };
@@ -66,11 +68,14 @@ impl Inner {
         }
         let (told, wait) = oneshot::channel();
         let known = match self.branches.lock().get(branch) {
-            Some(held) => held.settler.orders.send((settlement, told)).is_ok(),
+            Some(held) => held.settler.orders.try_send((settlement, told)).is_ok(),
             None => false,
         };
         if !known {
-            return ready(Err(LogError::Closed("the branch is not open here".into()))).boxed();
+            return ready(Err(LogError::Unsupported(
+                "the branch is not open here, or writes ends faster than its shelf takes them",
+            )))
+            .boxed();
         }
         async move { wait.await.unwrap_or_else(|_| Err(LogError::Closed(super::CLOSED.into()))) }.boxed()
     }

@@ -85,6 +85,8 @@ struct Session {
     bytes: usize,
     /// Read and not behind the frontier, by their time.
     times: VecDeque<(Position, Timestamp)>,
+    /// What a record weighs, with an eye to the latest.
+    usual_weight: u64,
     /// Somebody reads it.
     taken: bool,
     /// Somebody has read of it before.
@@ -206,6 +208,7 @@ impl Shared {
             queue: VecDeque::new(),
             bytes: 0,
             times: VecDeque::new(),
+            usual_weight: 0,
             taken: false,
             used: false,
             rewind: false,
@@ -335,6 +338,8 @@ impl Shared {
         let weight = record.weight();
         HELD.fetch_add(weight, Ordering::Relaxed);
         session.bytes += weight;
+        let usual = session.usual_weight;
+        session.usual_weight = if usual == 0 { weight as u64 } else { (usual * 15 + weight as u64).div_ceil(16) };
         session.times.push_back((position, record.written_at));
         session.queue.push_back(Entry { position, record: Arc::new(record) });
         drop(state);
@@ -494,11 +499,12 @@ impl Member {
         }
     }
 
-    /// How far the parts are that are ours, and the time of the oldest record that was read and has no end.
-    pub(super) fn standing(&self) -> (Reach, Option<Timestamp>) {
+    /// How far the parts are that are ours, the time of the oldest record that was read and has no end, and what a record of
+    /// late weighs.
+    pub(super) fn standing(&self) -> (Reach, Option<Timestamp>, u64) {
         let state = self.shared.state.lock();
-        state.session.as_ref().map_or((Reach::none(), None), |session| {
-            (session.frontier.clone(), session.times.front().map(|(_, at)| *at))
+        state.session.as_ref().map_or((Reach::none(), None, 0), |session| {
+            (session.frontier.clone(), session.times.front().map(|(_, at)| *at), session.usual_weight)
         })
     }
 

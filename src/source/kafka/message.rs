@@ -98,7 +98,8 @@ fn foreign_id(topic: &str, partition: i32, offset: i64, at: Timestamp, number: u
     for byte in topic.bytes().chain(numbers) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     }
-    RecordId::new(at, (offset & 0x0FFF) as u16, number, hash)
+    let counter = u16::try_from(offset & 0x0FFF).unwrap_or(0);
+    RecordId::new(at, counter, number, hash)
 }
 
 /// Bytes as a key or header value; what is no UTF-8 is kept as base64 and says so.

@@ -6,6 +6,7 @@
 mod consumer;
 mod message;
 mod producer;
+mod spec;
 mod topic;
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,149 +18,22 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 use rdkafka::error::KafkaError;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use self::consumer::{Member, storage};
 use self::producer::Producer;
+pub use self::spec::{KafkaSourceSpec, KafkaStart, TopicsSpec, check, probe};
 use self::topic::TopicFacts;
 use super::foreign::broker::{Begin, Broker, BrokerCaps, Handed, Opened};
-use super::foreign::open::{Context, SpecFault};
+use super::foreign::open::Context;
 use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach};
-use crate::clock::Timestamp;
-use crate::connection::kafka::{Cluster, SaslSpec, TlsSpec, explain};
-use crate::connection::probe::Probed;
+use crate::connection::kafka::{Cluster, explain};
 use crate::record::{Position, Record, RecordId};
-
-/// `source.kafka:` — a topic; made at the start unless `topics.create` is false.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct KafkaSourceSpec {
-    /// Where to begin: `host:port`, several with commas.
-    pub brokers: Option<String>,
-    /// Encrypts the connection. Default: off.
-    pub tls: Option<TlsSpec>,
-    /// Who we are.
-    pub sasl: Option<SaslSpec>,
-    /// The topic. Other programs may write to it too.
-    pub topic: String,
-    /// How the topic is made when it is not there.
-    pub topics: TopicsSpec,
-    /// Where the first branches begin in a topic that was there before. Default: earliest.
-    pub start: KafkaStart,
-    /// The consumer groups are called `PREFIX.NAMESPACE.BRANCH`. Default: walflow.
-    pub group_prefix: Option<String>,
-    /// Where dead letters go when there is no shelf. Default: the topic's name and `.dead-letters`.
-    pub dead_letters: Option<String>,
-}
-
-/// `source.kafka.topics:`
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct TopicsSpec {
-    /// Makes topics that are not there. Default: true.
-    pub create: bool,
-    /// Partitions of a topic that is made: how many processes may share it. Default: 4.
-    pub partitions: u16,
-    /// Replicas of a topic that is made. Default: 3, or as many as there are brokers.
-    pub replicas: Option<u16>,
-}
-
-impl Default for TopicsSpec {
-    fn default() -> Self {
-        Self { create: true, partitions: 4, replicas: None }
-    }
-}
-
-/// `source.kafka.start:`
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum KafkaStart {
-    /// At the oldest record that the topic keeps.
-    #[default]
-    Earliest,
-    /// With what comes after the start.
-    Latest,
-}
 
 /// How often the ends of a topic are looked at: while something moves, and while nothing does.
 const LOOK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
 /// How long a write or a branch waits for the topic to be found or made.
 const READY: Duration = Duration::from_secs(15);
-
-impl KafkaSourceSpec {
-    /// The cluster of the topic.
-    pub fn cluster(&self) -> Cluster {
-        Cluster { brokers: self.brokers.clone(), tls: self.tls.clone(), sasl: self.sasl.clone() }
-    }
-
-    fn prefix(&self) -> &str {
-        self.group_prefix.as_deref().unwrap_or("walflow")
-    }
-
-    fn dead_topic(&self) -> String {
-        self.dead_letters.clone().unwrap_or_else(|| format!("{}.dead-letters", self.topic))
-    }
-
-    /// The consumer group of a branch.
-    pub fn group(&self, namespace: &str, branch: &str) -> String {
-        format!("{}.{namespace}.{branch}", self.prefix())
-    }
-
-    /// What somebody with the rights has to run where walflow may not make the topic.
-    pub fn commands(&self, namespace: &str, branches: &[&str]) -> Vec<String> {
-        let at = format!("--bootstrap-server {}", self.brokers.as_deref().unwrap_or_default());
-        let replicas = self.topics.replicas.unwrap_or(3);
-        let mut commands = vec![format!(
-            "kafka-topics {at} --create --topic {} --partitions {} --replication-factor {replicas} --config min.insync.replicas={}",
-            self.topic,
-            self.topics.partitions,
-            if replicas >= 3 { 2 } else { 1 }
-        )];
-        if let Some(sasl) = &self.sasl {
-            let who = format!("--allow-principal User:{}", sasl.username);
-            commands.push(format!(
-                "kafka-acls {at} --add {who} --operation Read --operation Write --operation Describe --topic {}",
-                self.topic
-            ));
-            for branch in branches {
-                commands.push(format!(
-                    "kafka-acls {at} --add {who} --operation Read --group {}",
-                    self.group(namespace, branch)
-                ));
-            }
-            commands.push(format!("kafka-acls {at} --add {who} --operation IdempotentWrite --cluster"));
-        }
-        commands
-    }
-}
-
-/// What cannot work in a `kafka:`.
-pub fn check(spec: &KafkaSourceSpec) -> Vec<SpecFault> {
-    let mut faults: Vec<SpecFault> = spec
-        .cluster()
-        .faults()
-        .into_iter()
-        .map(|(pointer, message, help)| SpecFault::new(pointer, message, help))
-        .collect();
-    for (pointer, name) in [("/topic", Some(&spec.topic)), ("/dead_letters", spec.dead_letters.as_ref())] {
-        let Some(name) = name else { continue };
-        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if name.is_empty() || name.len() > 249 || !name.chars().all(legal) || name == "." || name == ".." {
-            let message = if name.is_empty() {
-                "there is no topic".to_owned()
-            } else {
-                format!("'{name}' is no name for a topic")
-            };
-            faults.push(SpecFault::new(pointer, message, "1 to 249 of a-z, A-Z, 0-9, '.', '_' and '-'"));
-        }
-    }
-    if spec.topics.partitions == 0 {
-        faults.push(SpecFault::new("/topics/partitions", "a topic has at least one partition", "4, for example"));
-    }
-    faults
-}
 
 /// Opens a namespace on a topic. Touches no network: the topic is looked for, and made, in the background.
 ///
@@ -184,41 +58,6 @@ pub fn open(spec: &KafkaSourceSpec, context: &Context) -> Result<Arc<dyn Broker>
     });
     tokio::spawn(watch(Arc::downgrade(&kafka), kafka.closed.clone()));
     Ok(kafka)
-}
-
-/// Looks whether the topic can be used as it is; makes nothing.
-pub async fn probe(spec: &KafkaSourceSpec, namespace: &str, branches: &[String]) -> Vec<Probed> {
-    let (spec, groups) =
-        (spec.clone(), branches.iter().map(|branch| spec.group(namespace, branch)).collect::<Vec<_>>());
-    let what = format!("Kafka topic {} at {}", spec.topic, spec.cluster().shown());
-    let (cluster, topic) = (spec.cluster(), spec.topic.clone());
-    let names: Vec<&str> = branches.iter().map(String::as_str).collect();
-    let commands = spec.commands(namespace, &names).join("\n        ");
-    let looked = tokio::task::spawn_blocking(move || -> Result<_, KafkaError> {
-        let client = topic::observer(&cluster)?;
-        let facts = topic::look(&client, &topic)?;
-        let wrong = match &facts {
-            Some(facts) => topic::group_faults(&cluster, &topic, &facts.partitions, &groups),
-            None => Vec::new(),
-        };
-        Ok((facts, wrong))
-    })
-    .await;
-    match looked {
-        Err(error) => vec![Probed::wrong(what, error.to_string())],
-        Ok(Err(error)) => vec![Probed::wrong(what, explain(&error))],
-        Ok(Ok((None, _))) if spec.topics.create => vec![Probed::fine(what, "it is not there and will be made")],
-        Ok(Ok((None, _))) => {
-            vec![Probed::wrong(what, format!("it does not exist; somebody with the rights runs:\n        {commands}"))]
-        }
-        Ok(Ok((Some(facts), wrong))) => {
-            let facts = TopicFacts { settings: topic::settings(&spec.cluster(), &spec.topic).await, ..facts };
-            let weak = facts.weaknesses();
-            let found =
-                if weak.is_empty() { facts.note() } else { format!("{}; weak: {}", facts.note(), weak.join("; ")) };
-            std::iter::once(Probed::fine(what, found)).chain(wrong).collect()
-        }
-    }
 }
 
 #[derive(Clone, Debug)]
@@ -315,6 +154,8 @@ impl Kafka {
             tracing::warn!(ns = %self.context.namespace, topic, weak, "what is confirmed may be lost");
         }
         tracing::info!(ns = %self.context.namespace, topic, note = facts.note(), "the topic is there");
+        let partitions = facts.partitions.clone();
+        self.look_at(partitions).await.map_err(|error| error.to_string())?;
         self.topic.send_replace(TopicState::Ready(Arc::new(facts)));
         Ok(())
     }
@@ -362,24 +203,30 @@ impl Kafka {
         })
     }
 
-    async fn ends(&self) -> Result<Vec<(i32, i64)>, LogError> {
-        let facts = self.ready().await?;
+    async fn ends(&self, partitions: Vec<i32>) -> Result<Vec<(i32, i64)>, LogError> {
         let (cluster, topic) = (self.cluster.clone(), self.spec.topic.clone());
         let act = || format!("ask where topic {} ends", self.spec.topic);
-        blocking(act, move || topic::ends(&*topic::observer(&cluster)?, &topic, &facts.partitions)).await
+        blocking(act, move || topic::ends(&*topic::observer(&cluster)?, &topic, &partitions)).await
     }
 
     async fn look(&self) -> Result<(), LogError> {
         let producer = Arc::clone(&self.producer);
         let _ = tokio::task::spawn_blocking(move || producer.look()).await;
-        let ends = self.ends().await?;
+        let partitions = self.ready().await?.partitions.clone();
+        self.look_at(partitions).await
+    }
+
+    async fn look_at(&self, partitions: Vec<i32>) -> Result<(), LogError> {
+        let ends = self.ends(partitions).await?;
         let end = |(partition, end): (i32, i64)| {
             Position::in_part(u16::try_from(partition).unwrap_or(u16::MAX), u64::try_from(end).unwrap_or(0))
         };
         let ends: Reach = ends.into_iter().map(end).collect();
         let mut known = self.ends.lock();
-        if *known != ends {
-            *known = ends;
+        // A record that was confirmed while the question was under way lies beyond the answer.
+        let before = known.clone();
+        known.advance_all(&ends);
+        if *known != before {
             self.activity.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
@@ -438,8 +285,19 @@ impl Broker for Kafka {
                 return Err(closed());
             }
             kafka.activity.fetch_add(1, Ordering::Relaxed);
-            let _turn = kafka.entering.lock().await;
-            kafka.producer.append(&kafka.spec.topic, records).await
+            let handed = {
+                let _turn = kafka.entering.lock().await;
+                kafka.producer.append(&kafka.spec.topic, records).await?
+            };
+            // What was confirmed is the end until the next look says more.
+            let known = async move {
+                let outcomes = handed.await;
+                let mut ends = kafka.ends.lock();
+                outcomes.iter().flatten().for_each(|position| ends.advance(*position));
+                drop(ends);
+                outcomes
+            };
+            Ok(known.boxed())
         }
         .boxed()
     }
@@ -518,10 +376,11 @@ impl Broker for Kafka {
     fn lag(&self, branch: &BranchName) -> Lag {
         let member = self.branches.lock().get(branch).cloned();
         let Some(member) = member else { return Lag::default() };
-        let (cursor, oldest): (Reach, Option<Timestamp>) = member.standing();
+        let (cursor, oldest, weight) = member.standing();
         let ends = self.ends.lock();
         let behind = |from: Position| ends.of(from.part()).0.saturating_sub(from.0);
-        Lag { records: cursor.iter().map(behind).sum(), bytes: 0, oldest, cursor }
+        let records: u64 = cursor.iter().map(behind).sum();
+        Lag { records, bytes: records * weight, oldest, cursor }
     }
 
     fn part_of(&self, key: Option<&str>) -> u16 {
@@ -539,7 +398,11 @@ impl Broker for Kafka {
         let Some(kafka) = self.this.upgrade() else {
             return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
         };
-        async move { Ok(topic::place_of(&kafka.ends().await?).into()) }.boxed()
+        async move {
+            let partitions = kafka.ready().await?.partitions.clone();
+            Ok(topic::place_of(&kafka.ends(partitions).await?).into())
+        }
+        .boxed()
     }
 
     fn find_after(
@@ -632,30 +495,5 @@ mod tests {
         ] {
             assert_eq!(murmur2(text.as_bytes()).cast_signed(), hash, "{text}");
         }
-    }
-
-    #[test]
-    fn settings_that_cannot_work_are_told_with_their_place() {
-        let spec = |text: &str| check(&serde_yaml::from_str(text).unwrap());
-        let places = |text: &str| spec(text).into_iter().map(|fault| fault.pointer).collect::<Vec<_>>();
-        assert_eq!(places("{ brokers: \"a:9092, b:9092\", topic: orders }"), [] as [&str; 0]);
-        assert_eq!(places("{ topic: orders }"), ["/brokers"]);
-        assert_eq!(places("{ brokers: a, topic: \"or ders\" }"), ["/brokers", "/topic"]);
-        assert_eq!(places("{ brokers: \"a:1\", topic: t, topics: { partitions: 0 } }"), ["/topics/partitions"]);
-        assert_eq!(places("{ brokers: \"a:1\", topic: t, tls: { cert_file: x } }"), ["/tls"]);
-    }
-
-    #[test]
-    fn who_may_not_make_topics_hears_what_to_run() {
-        let text =
-            "{ brokers: \"a:9092\", topic: orders, sasl: { mechanism: plain, username: wal, password: geheim } }";
-        let spec: KafkaSourceSpec = serde_yaml::from_str(text).unwrap();
-        let commands = spec.commands("orders", &["sink@eu"]).join("\n");
-        assert!(
-            commands.contains("kafka-topics --bootstrap-server a:9092 --create --topic orders --partitions 4"),
-            "{commands}"
-        );
-        assert!(commands.contains("--operation Read --group walflow.orders.sink@eu"), "{commands}");
-        assert!(!format!("{commands} {spec:?}").contains("geheim"), "{spec:?}");
     }
 }

@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::Ends;
+use super::ends::Ends;
 use super::link::{BLOCK, Call, Failed, Link};
 use super::names::{self, Names};
 use super::scripts::{ACK, BEGIN, FETCH, HOLD, RELEASE};
@@ -630,6 +630,8 @@ impl Member {
         let Some(session) = &state.session else { return Lag::default() };
         let unread = session.unread(|part| self.shared.ends.of(part));
         let (open, bytes, oldest): (u64, u64, Option<Timestamp>) = session.unfinished();
+        let waiting = session.reads().filter_map(|(part, read)| self.shared.ends.first_after(part, read)).min();
+        let oldest = oldest.into_iter().chain(waiting).min();
         Lag { records: open + unread, bytes: bytes + unread * size, oldest, cursor: session.frontier.clone() }
     }
 

@@ -5,6 +5,7 @@
 //! waited for.
 
 mod append;
+mod ends;
 mod facts;
 mod group;
 mod known;
@@ -16,7 +17,7 @@ pub mod shelf;
 mod spec;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::append::{Item, Job, Writer};
+use self::ends::Ends;
 use self::group::{Member, begin_group};
 use self::link::{Call, Failed, Link};
 use self::names::Names;
@@ -57,38 +59,6 @@ const USUAL: u64 = 512;
 const PAGE: usize = 256;
 /// The largest record: a server takes arguments up to 512 MiB.
 const LARGEST: u64 = 256 << 20;
-
-/// The newest entry of each stream, as far as this process knows.
-struct Ends(Vec<AtomicU64>);
-
-impl Ends {
-    fn new(streams: u16) -> Self {
-        Self((0..streams).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    fn at_least(&self, part: u16, offset: u64) {
-        if let Some(end) = self.0.get(usize::from(part)) {
-            end.fetch_max(offset, Ordering::Relaxed);
-        }
-    }
-
-    fn all_at_least(&self, looked: &Looked) {
-        for (end, (found, _)) in self.0.iter().zip(&looked.streams) {
-            end.fetch_max(*found, Ordering::Relaxed);
-        }
-    }
-
-    /// The stream was lost and counts anew.
-    fn reset(&self, part: u16, offset: u64) {
-        if let Some(end) = self.0.get(usize::from(part)) {
-            end.store(offset, Ordering::Relaxed);
-        }
-    }
-
-    fn of(&self, part: u16) -> u64 {
-        self.0.get(usize::from(part)).map_or(0, |end| end.load(Ordering::Relaxed))
-    }
-}
 
 /// What a look at the streams found.
 #[derive(Clone, Debug, Default)]
@@ -234,7 +204,7 @@ async fn watch(streams: Weak<Streams>, closed: CancellationToken) {
             }
             match look(&streams.link, &streams.names, &horizon).await {
                 Ok(looked) => {
-                    streams.ends.all_at_least(&looked);
+                    streams.ends.looked(&looked.streams);
                     finished.push_back((Instant::now(), looked.streams.iter().map(|(_, low)| *low).collect()));
                     *streams.looked.lock() = looked;
                 }
@@ -457,7 +427,7 @@ impl Broker for Streams {
         self.with(|streams| async move {
             let looked = look(&streams.link, &streams.names, &[]).await;
             let looked = looked.map_err(|failed| failed.storage("ask where the streams end"))?;
-            streams.ends.all_at_least(&looked);
+            streams.ends.looked(&looked.streams);
             Ok(names::place(looked.streams.iter().map(|(end, _)| *end)).into())
         })
     }

@@ -208,7 +208,7 @@ impl Rules<'_> {
             }
             let Some(kind) = self.kinds(&pointer).first().copied() else { continue };
             let address = match kind {
-                "http" | "redis" => self.written(&format!("{pointer}/{kind}/url")),
+                "http" | "redis" | "postgres" => self.written(&format!("{pointer}/{kind}/url")),
                 "file" => self.written(&format!("{pointer}/file/path")),
                 _ => continue,
             };
@@ -220,7 +220,7 @@ impl Rules<'_> {
             }
         }
         for (pointer, kind, first, second) in warnings {
-            let help = if kind == "redis" {
+            let help = if matches!(kind, "redis" | "postgres") {
                 "make it one sink with `cases`, which keeps each key's order; or say `ordering: none`"
             } else {
                 "make it one sink (several operations on one target are `cases`, where the kind has them); or say `ordering: none`"

@@ -16,11 +16,11 @@ impl EmbeddedNamespace {
     pub fn hold_releases(&self, hold: bool) {
         self.space.held.store(hold, Ordering::Release);
         if !hold {
-            let mut held = self.shared.held_rows.lock();
+            let mut waiting = self.shared.held_rows.lock();
             let (mine, others) =
-                std::mem::take(&mut *held).into_iter().partition(|row| row.namespace == self.space.number);
-            *held = others;
-            drop(held);
+                std::mem::take(&mut *waiting).into_iter().partition(|row| row.namespace == self.space.number);
+            *waiting = others;
+            drop(waiting);
             self.shared.due.give_back(mine);
             self.shared.due_news.notify_one();
         }

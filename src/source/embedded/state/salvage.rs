@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rusqlite::types::Value;
 use rusqlite::{Connection, params, params_from_iter};
 
-use super::{SegmentMark, State, StateError, failed, number, rows, schema, sql};
+use super::{SegmentMark, State, StateError, failed, number, rows, schema, sql, upgrade};
 use crate::clock::Timestamp;
 use crate::source::embedded::change::{NamespaceNumber, Sequence};
 use crate::source::embedded::disk::Disk;
@@ -175,14 +175,37 @@ impl State {
     }
 }
 
+/// The format that the file names, if that can be read.
+fn said_format(db: &Connection) -> Option<i64> {
+    db.query_row("SELECT value FROM meta WHERE name = 'format'", [], |row| row.get(0)).ok()
+}
+
+fn has_table(db: &Connection, table: &str) -> bool {
+    db.prepare("SELECT 1 FROM sqlite_master WHERE name = ?")
+        .and_then(|mut select| select.exists([table]))
+        .unwrap_or(true)
+}
+
 fn copy(source: &Connection, target: &Connection) -> rusqlite::Result<Salvaged> {
     let mut salvaged = Salvaged::default();
     target.execute_batch("PRAGMA synchronous=FULL; BEGIN IMMEDIATE")?;
     let mut tables: Vec<(String, String, String)> =
         TABLES.iter().map(|(table, keys, what)| ((*table).into(), (*keys).into(), (*what).into())).collect();
-    for table in schema::key_tables(source).unwrap_or_default() {
-        schema::make_key_table(target, table)?;
-        tables.push((format!("keys_{table}"), "namespace, hash".into(), "idempotency keys".into()));
+    let key_tables = schema::key_tables(source).unwrap_or_default();
+    let is_of_1 = |table: &i64| upgrade::is_of_1(source, *table).unwrap_or(false);
+    if said_format(source) == Some(1) || key_tables.iter().any(is_of_1) {
+        // Only a file that has them can have lost something of them.
+        tables.retain(|(table, ..)| !table.starts_with("key_") || has_table(source, table));
+    }
+    for table in key_tables {
+        let keys = if is_of_1(&table) {
+            upgrade::make_key_table_of_1(target, table)?;
+            "hash"
+        } else {
+            schema::make_key_table(target, table)?;
+            "namespace, hash"
+        };
+        tables.push((format!("keys_{table}"), keys.into(), "idempotency keys".into()));
     }
     for (table, keys, what) in &tables {
         let keys: Vec<&str> = keys.split(", ").collect();
@@ -198,6 +221,16 @@ fn copy(source: &Connection, target: &Connection) -> rusqlite::Result<Salvaged> 
             salvaged.tables.push(table.clone());
         }
     }
+    for table in schema::key_tables(target)? {
+        if upgrade::is_of_1(target, table)? {
+            let (lost, table) = (upgrade::drop_nameless(target, table)?, format!("keys_{table}"));
+            if lost > 0 {
+                salvaged.lost.push(format!("idempotency keys: {lost} in table {table} without a record's id"));
+                salvaged.tables.push(table);
+            }
+        }
+    }
+    upgrade::convert(target)?;
     let checkpoint = "SELECT value FROM meta WHERE name = 'checkpoint'";
     let checkpoint: Option<i64> = target.query_row(checkpoint, [], |row| row.get(0)).ok();
     salvaged.checkpoint = checkpoint.map(|checkpoint| Sequence(number(checkpoint)));

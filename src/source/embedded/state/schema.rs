@@ -5,13 +5,13 @@ use std::path::Path;
 
 use rusqlite::{Connection, OptionalExtension as _};
 
-use super::{StateError, failed};
+use super::{StateError, failed, upgrade};
 
-/// The format of the tables below.
-const FORMAT: i64 = 1;
+/// The format of the tables below. Another layout is another number, and `upgrade` brings the files of the one before to it.
+pub(super) const FORMAT: i64 = 2;
 
 /// Times are milliseconds since the epoch; `record` and `body` are a frame's own bytes, `crc` is CRC-32C over them.
-const TABLES: &str = "
+const IN_1: &str = "
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE namespaces (number INTEGER PRIMARY KEY, name TEXT NOT NULL, deleted INTEGER NOT NULL, first INTEGER NOT NULL);
 CREATE TABLE segments (namespace INTEGER PRIMARY KEY, first INTEGER NOT NULL, length INTEGER NOT NULL, end INTEGER NOT NULL);
@@ -49,15 +49,19 @@ CREATE TABLE epochs (namespace INTEGER NOT NULL, number INTEGER NOT NULL, after 
   PRIMARY KEY (namespace, number)) WITHOUT ROWID;
 CREATE TABLE counts (namespace INTEGER NOT NULL, branch TEXT NOT NULL, kind TEXT NOT NULL, rows INTEGER NOT NULL,
   bytes INTEGER NOT NULL, PRIMARY KEY (namespace, branch, kind)) WITHOUT ROWID;
--- Keys are in tables of their own: `keys_` and 1,024 times the hour, plus which of that hour's tables it is.
-CREATE TABLE key_counts (namespace INTEGER NOT NULL, hour INTEGER NOT NULL, keys INTEGER NOT NULL, newest INTEGER NOT NULL,
-  PRIMARY KEY (namespace, hour)) WITHOUT ROWID;
-CREATE TABLE key_floors (namespace INTEGER PRIMARY KEY, since INTEGER NOT NULL);
--- A repair has lost cursors: branches that are not known begin with the first record, while any up to here is kept.
-CREATE TABLE start_over (namespace INTEGER PRIMARY KEY, upto INTEGER NOT NULL);
 ";
 
-/// Opens the file for its one owner, makes the tables when it is new.
+/// What format 2 added.
+pub(super) const IN_2: &str = "
+-- Keys are in tables of their own: `keys_` and 1,024 times the hour, plus which of that hour's tables it is.
+CREATE TABLE IF NOT EXISTS key_counts (namespace INTEGER NOT NULL, hour INTEGER NOT NULL, keys INTEGER NOT NULL, newest INTEGER NOT NULL,
+  PRIMARY KEY (namespace, hour)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_floors (namespace INTEGER PRIMARY KEY, since INTEGER NOT NULL);
+-- A repair has lost cursors: branches that are not known begin with the first record, while any up to here is kept.
+CREATE TABLE IF NOT EXISTS start_over (namespace INTEGER PRIMARY KEY, upto INTEGER NOT NULL);
+";
+
+/// Opens the file for its one owner, makes the tables when it is new, and brings an older file to the present format.
 pub(super) fn open(path: &Path) -> Result<Connection, StateError> {
     let db = Connection::open(path).map_err(failed(path, "open"))?;
     let set = || {
@@ -73,7 +77,8 @@ pub(super) fn open(path: &Path) -> Result<Connection, StateError> {
     if set().map_err(failed(path, "set up"))? == 0 {
         let make = || {
             db.execute_batch("PRAGMA synchronous=FULL; BEGIN IMMEDIATE;")?;
-            db.execute_batch(TABLES)?;
+            db.execute_batch(IN_1)?;
+            db.execute_batch(IN_2)?;
             db.execute("INSERT INTO meta (name, value) VALUES ('format', ?)", [FORMAT])?;
             db.execute_batch("COMMIT; PRAGMA synchronous=NORMAL;")
         };
@@ -82,6 +87,7 @@ pub(super) fn open(path: &Path) -> Result<Connection, StateError> {
     let format = db.query_row("SELECT value FROM meta WHERE name = 'format'", [], |row| row.get(0)).optional();
     match format.map_err(failed(path, "read the format"))? {
         Some(FORMAT) => Ok(db),
+        Some(1) => upgrade::from_1(&db, path).map(|()| db),
         Some(found) if found > FORMAT => Err(StateError::Newer { path: path.to_owned(), found, known: FORMAT }),
         _ => Err(StateError::Damaged { path: path.to_owned(), what: "it names no format".into() }),
     }

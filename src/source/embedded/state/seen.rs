@@ -18,7 +18,7 @@ use crate::source::embedded::keys::key_hash;
 /// Keys after which an hour goes on in another table.
 const TABLE_KEYS: u64 = if cfg!(test) { 4 } else { 1 << 20 };
 /// Tables of one hour at most.
-const TABLES_AN_HOUR: i64 = 1 << 10;
+pub(super) const TABLES_AN_HOUR: i64 = 1 << 10;
 const HOUR: i64 = 3_600_000;
 
 /// How many keys of a namespace a table has, and when the newest of them came.

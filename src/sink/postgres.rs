@@ -1,0 +1,494 @@
+//! `postgres`: rows that are put, taken away or changed by a statement, a batch in one transaction.
+//!
+//! Takes operations, gives for each what the server said. The server itself converts values, from the JSON of the payload to
+//! the columns' types, so that none loses a digit. A row that the server refuses is found and taken out; the others are
+//! taken. Never builds a value into a statement's text.
+
+mod statement;
+mod verdict;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::time::Duration;
+
+use deadpool_postgres::{Object, Pool};
+use futures::future::{BoxFuture, FutureExt};
+use indexmap::IndexMap;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::sync::OnceCell;
+use tokio_postgres::Transaction;
+
+use self::statement::{Case, Run, runs};
+use self::verdict::{is_the_record, judge, judge_pool};
+use super::template::{Document, Scope};
+use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written};
+use crate::clock::Timestamp;
+use crate::connection::postgres::{self, Address};
+use crate::connection::probe::{Probed, skew};
+use crate::units::Span;
+
+/// Connections of a branch at most.
+const CONNECTIONS: usize = 8;
+
+/// `postgres:` — one operation a record: its own fields for one kind of operation, or `cases`.
+#[derive(Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PostgresSpec {
+    /// `postgres://user:password@host:5432/database`; with `?sslmode=require` only over TLS. May come from a region.
+    pub url: Option<String>,
+    /// Certificates, in PEM, of those who may vouch for the server. Default: the system's.
+    pub ca_file: Option<String>,
+    /// Longest wait for an answer. Default: 30s.
+    pub timeout: Option<Span>,
+    /// Puts a row, over one with the same key if there is one.
+    pub upsert: Option<UpsertSpec>,
+    /// Puts a new row.
+    pub insert: Option<InsertSpec>,
+    /// Takes a row away.
+    pub delete: Option<DeleteSpec>,
+    /// Runs a statement.
+    pub statement: Option<StatementSpec>,
+    /// Operations on one database: the first whose `when` holds is taken.
+    pub cases: Vec<PostgresCaseSpec>,
+    /// Remembers what was delivered, in the same transaction, so that a second delivery does nothing.
+    pub barrier: Option<BarrierSpec>,
+}
+
+/// One case of `postgres.cases:` — exactly one of the operations.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PostgresCaseSpec {
+    /// Taken when this is true; without it always.
+    pub when: Option<String>,
+    /// Puts a row, over one with the same key if there is one.
+    pub upsert: Option<UpsertSpec>,
+    /// Puts a new row.
+    pub insert: Option<InsertSpec>,
+    /// Takes a row away.
+    pub delete: Option<DeleteSpec>,
+    /// Runs a statement.
+    pub statement: Option<StatementSpec>,
+}
+
+/// `upsert:`
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UpsertSpec {
+    /// The table, `schema.table` if it is not on the search path.
+    pub table: String,
+    /// The columns of a unique constraint, by which a row is found.
+    pub key: Vec<String>,
+    /// By column, what it gets. Default: the payload's own fields. Bytes (`bytea`) are text in hex, `\x6869`.
+    #[serde(default)]
+    pub columns: IndexMap<String, Value>,
+}
+
+/// `insert:`
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InsertSpec {
+    /// The table, `schema.table` if it is not on the search path.
+    pub table: String,
+    /// By column, what it gets. Default: the payload's own fields.
+    #[serde(default)]
+    pub columns: IndexMap<String, Value>,
+    /// `ignore` leaves a row that is there as it is. Default: the record is refused.
+    #[serde(default)]
+    pub on_conflict: Option<OnConflict>,
+}
+
+/// `insert.on_conflict:`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnConflict {
+    /// What is there stays.
+    Ignore,
+}
+
+/// `delete:`
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeleteSpec {
+    /// The table, `schema.table` if it is not on the search path.
+    pub table: String,
+    /// The columns that all must be equal.
+    pub key: Vec<String>,
+    /// By column of the key, what it must equal. Default: the payload's fields of these names.
+    #[serde(default)]
+    pub columns: IndexMap<String, Value>,
+}
+
+/// `statement:`
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StatementSpec {
+    /// One statement, with `$1`, `$2` … where values go.
+    pub sql: String,
+    /// The values, in order; the server converts each from text, or from JSON where it is no scalar.
+    #[serde(default)]
+    pub params: Vec<Value>,
+}
+
+/// `barrier:`
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BarrierSpec {
+    /// The table of what was delivered: `id text primary key, at timestamptz`. It is made if it is not there, and grows: delete
+    /// old rows now and then. Default: walflow_seen.
+    pub table: String,
+}
+
+impl Default for BarrierSpec {
+    fn default() -> Self {
+        Self { table: "walflow_seen".to_owned() }
+    }
+}
+
+impl fmt::Debug for PostgresSpec {
+    /// Shows what is no secret: of the address host, port and database.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = self.url.as_deref().map(|url| url.rsplit('@').next().unwrap_or_default().to_owned());
+        f.debug_struct("PostgresSpec")
+            .field("url", &shown)
+            .field("ca_file", &self.ca_file)
+            .field("timeout", &self.timeout)
+            .field("cases", &self.all_cases())
+            .field("barrier", &self.barrier)
+            .finish_non_exhaustive()
+    }
+}
+
+impl PostgresSpec {
+    /// The cases; the short form is one that takes everything.
+    pub fn all_cases(&self) -> Vec<PostgresCaseSpec> {
+        let own = PostgresCaseSpec {
+            when: None,
+            upsert: self.upsert.clone(),
+            insert: self.insert.clone(),
+            delete: self.delete.clone(),
+            statement: self.statement.clone(),
+        };
+        if own.operations() == 0 { self.cases.clone() } else { vec![own] }
+    }
+
+    fn timeout(&self) -> Duration {
+        self.timeout.map_or(Duration::from_secs(30), |span| span.0)
+    }
+}
+
+impl PostgresCaseSpec {
+    fn operations(&self) -> usize {
+        [self.upsert.is_some(), self.insert.is_some(), self.delete.is_some(), self.statement.is_some()]
+            .into_iter()
+            .filter(|given| *given)
+            .count()
+    }
+}
+
+/// What cannot work in a `postgres:`.
+pub(super) fn check(spec: &PostgresSpec) -> Vec<SpecFault> {
+    let mut faults = Vec::new();
+    let help = "postgres://user:password@127.0.0.1:5432/database, for example";
+    match &spec.url {
+        None => faults.push(SpecFault::new("/url", "there is no URL", help)),
+        Some(url) => {
+            if let Err(why) = postgres::check(url) {
+                faults.push(SpecFault::new("/url", why, help));
+            }
+        }
+    }
+    if spec.timeout.is_some_and(|span| span.0 < Duration::from_millis(100)) {
+        faults.push(SpecFault::new("/timeout", "nothing can be done in so little time", "30s, for example"));
+    }
+    let short = PostgresCaseSpec { when: None, ..spec.all_cases().into_iter().next().unwrap_or_default() };
+    let own = spec.upsert.is_some() || spec.insert.is_some() || spec.delete.is_some() || spec.statement.is_some();
+    if own && !spec.cases.is_empty() {
+        let message = "an operation stands beside `cases`, so nobody can say which is meant";
+        faults.push(SpecFault::new("/cases", message, "put it under `cases` too"));
+    }
+    if own {
+        statement::check(&short, "", &mut faults);
+    } else if spec.cases.is_empty() {
+        let help = "upsert: { table: orders, key: [id] }";
+        faults.push(SpecFault::new("", "there is no operation, so nothing would be done", help));
+    }
+    for (index, case) in spec.cases.iter().enumerate().filter(|_| !own) {
+        statement::check(case, &format!("/cases/{index}"), &mut faults);
+        if case.when.is_none() && index + 1 < spec.cases.len() {
+            let message = "this case takes everything, so those after it take nothing";
+            faults.push(SpecFault::new(format!("/cases/{index}"), message, "give it a `when`, or make it the last"));
+        }
+    }
+    faults
+}
+
+/// What each case does, in a few words, for the plan.
+pub fn steps(spec: &PostgresSpec) -> Vec<String> {
+    let step = |case: &PostgresCaseSpec| {
+        let act = match case {
+            PostgresCaseSpec { upsert: Some(upsert), .. } => {
+                format!("upsert into {} by {}", upsert.table, upsert.key.join(", "))
+            }
+            PostgresCaseSpec { insert: Some(insert), .. } => format!("insert into {}", insert.table),
+            PostgresCaseSpec { delete: Some(delete), .. } => {
+                format!("delete from {} by {}", delete.table, delete.key.join(", "))
+            }
+            PostgresCaseSpec { statement: Some(statement), .. } => statement.sql.clone(),
+            _ => String::new(),
+        };
+        let when = case.when.as_ref().map_or(String::new(), |when| format!("  when {when}"));
+        format!("{act}{when}")
+    };
+    spec.all_cases().iter().map(step).collect()
+}
+
+/// When a record counts as delivered and what a second delivery does, for the plan.
+pub(super) fn delivered_note(spec: &PostgresSpec) -> Vec<String> {
+    let mut notes = vec!["delivered when the transaction of its batch is committed".to_owned()];
+    if let Some(barrier) = &spec.barrier {
+        notes.push(format!("a second delivery does nothing: table {} remembers the first", barrier.table));
+        return notes;
+    }
+    for (index, case) in spec.all_cases().iter().enumerate() {
+        let again = match (&case.insert, &case.statement) {
+            (Some(insert), _) if insert.on_conflict.is_none() => {
+                "insert is not repeatable; after a lost answer the record is refused as a duplicate, or stands twice"
+            }
+            (_, Some(_)) => "whether its statement is repeatable nobody can say but you; `barrier:` makes it so",
+            _ => continue,
+        };
+        notes.push(format!("case {index}: {again}"));
+    }
+    notes
+}
+
+/// A PostgreSQL database.
+pub struct PostgresSink {
+    address: Address,
+    pool: Pool,
+    cases: Vec<Case>,
+    /// The barrier's table, quoted.
+    barrier: Option<String>,
+    prepared: OnceCell<()>,
+    context: SinkContext,
+}
+
+impl PostgresSink {
+    /// Reads the settings; connects to nothing.
+    ///
+    /// # Errors
+    /// When a setting does not work or a file that it names cannot be read.
+    pub fn open(spec: &PostgresSpec, context: &SinkContext) -> Result<Self, OpenError> {
+        let wrong = |pointer: &str, message: String| OpenError::Setting {
+            kind: "postgres",
+            pointer: pointer.into(),
+            message: message.into(),
+        };
+        let url = spec.url.as_deref().unwrap_or_default();
+        let address = Address::new(url, spec.ca_file.as_deref(), spec.timeout()).map_err(|why| wrong("/url", why))?;
+        let pool = address.pool(CONNECTIONS, spec.timeout()).map_err(|why| wrong("/url", why))?;
+        let cases = spec.all_cases().iter().map(Case::parse).collect::<Result<_, _>>();
+        Ok(Self {
+            address,
+            pool,
+            cases: cases.map_err(|why: Box<str>| wrong("", why.into()))?,
+            barrier: spec.barrier.as_ref().map(|barrier| statement::quoted(&barrier.table)),
+            prepared: OnceCell::new(),
+            context: context.clone(),
+        })
+    }
+
+    fn shown(&self) -> &str {
+        self.address.shown()
+    }
+
+    async fn lend(&self) -> Result<Object, Failure> {
+        let client = self.pool.get().await.map_err(|error| judge_pool(self.shown(), &error))?;
+        if let Some(barrier) = &self.barrier {
+            let make = format!(
+                "CREATE TABLE IF NOT EXISTS {barrier} (id text PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())"
+            );
+            let prepared = self.prepared.get_or_try_init(|| async {
+                let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[barrier]).await?;
+                if there.try_get::<_, bool>(0)? { Ok(()) } else { client.batch_execute(&make).await }
+            });
+            prepared.await.map_err(|error| {
+                let why = postgres::explain(&error);
+                Failure::new(
+                    Verdict::Down,
+                    format!(
+                        "{}: the barrier's table is not there: {why}; somebody with the right runs: {make}",
+                        self.shown()
+                    ),
+                )
+            })?;
+        }
+        Ok(client)
+    }
+
+    /// Writes the rows; those that are refused come back, each with its reason.
+    async fn write_rows(
+        &self,
+        batch: &[Operation],
+        rows: Vec<(usize, statement::Row)>,
+    ) -> Result<Vec<(usize, Failure)>, Failure> {
+        let mut client = self.lend().await?;
+        let judged = |error: tokio_postgres::Error| judge(self.shown(), &error);
+        let mut transaction = client.transaction().await.map_err(judged)?;
+        let rows = match &self.barrier {
+            None => rows,
+            Some(barrier) => self.new_ones(&transaction, barrier, batch, rows).await?,
+        };
+        let mut failed = Vec::new();
+        let mut refused_keys: HashSet<&str> = HashSet::new();
+        // From the back, so that the next is popped.
+        let mut left: Vec<Run> = runs(rows);
+        left.reverse();
+        while let Some(mut run) = left.pop() {
+            // What follows a refused record of its key waits: whether it may pass is for the driver to say.
+            run.rows.retain(|(index, _)| {
+                let key = batch.get(*index).and_then(|operation| operation.event.key.as_deref());
+                let waits = key.is_some_and(|key| refused_keys.contains(key));
+                if waits {
+                    let why = "not sent: an earlier record of its key in the same batch was refused";
+                    failed.push((*index, Failure::new(Verdict::Backoff, why)));
+                }
+                !waits
+            });
+            if run.rows.is_empty() {
+                continue;
+            }
+            let Some(case) = self.cases.get(run.case) else { continue };
+            let savepoint = transaction.savepoint("walflow_run").await.map_err(judged)?;
+            match case.execute(&savepoint, &run).await {
+                Ok(()) => savepoint.commit().await.map_err(judged)?,
+                Err(error) if is_the_record(&error) => {
+                    savepoint.rollback().await.map_err(judged)?;
+                    if run.rows.len() > 1 {
+                        let right = run.split();
+                        left.push(right);
+                        left.push(run);
+                        continue;
+                    }
+                    for (index, _) in run.rows {
+                        refused_keys.extend(batch.get(index).and_then(|operation| operation.event.key.as_deref()));
+                        failed.push((index, judge(self.shown(), &error)));
+                    }
+                }
+                Err(error) => return Err(judge(self.shown(), &error)),
+            }
+        }
+        if let Some(barrier) = &self.barrier {
+            self.forget(&transaction, barrier, batch, &failed).await?;
+        }
+        transaction.commit().await.map_err(judged)?;
+        Ok(failed)
+    }
+
+    /// The rows that the barrier has not seen; it has seen them from now on.
+    async fn new_ones(
+        &self,
+        transaction: &Transaction<'_>,
+        barrier: &str,
+        batch: &[Operation],
+        rows: Vec<(usize, statement::Row)>,
+    ) -> Result<Vec<(usize, statement::Row)>, Failure> {
+        let ids: Vec<String> =
+            rows.iter().filter_map(|(index, _)| batch.get(*index)).map(Operation::delivery_id).collect();
+        let text = format!("INSERT INTO {barrier} (id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING RETURNING id");
+        let new = transaction.query(&text, &[&ids]).await.map_err(|error| judge(self.shown(), &error))?;
+        let new: HashSet<String> = new.iter().filter_map(|row| row.try_get(0).ok()).collect();
+        let is_new = |(index, _): &(usize, statement::Row)| {
+            batch.get(*index).is_some_and(|operation| new.contains(&operation.delivery_id()))
+        };
+        Ok(rows.into_iter().filter(is_new).collect())
+    }
+
+    /// What failed was not delivered.
+    async fn forget(
+        &self,
+        transaction: &Transaction<'_>,
+        barrier: &str,
+        batch: &[Operation],
+        failed: &[(usize, Failure)],
+    ) -> Result<(), Failure> {
+        let ids: Vec<String> =
+            failed.iter().filter_map(|(index, _)| batch.get(*index)).map(Operation::delivery_id).collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let text = format!("DELETE FROM {barrier} WHERE id = ANY($1)");
+        transaction.execute(&text, &[&ids]).await.map(|_| ()).map_err(|error| judge(self.shown(), &error))
+    }
+
+    async fn look(&self) -> Result<String, String> {
+        let client = self.lend().await.map_err(|failure| failure.message.to_string())?;
+        let explain = |error: tokio_postgres::Error| postgres::explain(&error);
+        let row = client
+            .query_one("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint, pg_is_in_recovery()", &[])
+            .await
+            .map_err(explain)?;
+        let (at, standby): (i64, bool) = (row.try_get(0).map_err(explain)?, row.try_get(1).map_err(explain)?);
+        if standby {
+            return Err("it is a standby and takes no writes: name the primary".to_owned());
+        }
+        for case in &self.cases {
+            case.probe(&client).await?;
+        }
+        Ok(format!("its tables can be written to; {}", skew(self.context.clock.now(), Timestamp::from_millis(at))))
+    }
+}
+
+impl Sink for PostgresSink {
+    /// One transaction for a batch.
+    fn batch_style(&self) -> BatchStyle {
+        BatchStyle::Atomic
+    }
+
+    fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
+        async move {
+            let mut failed = Vec::new();
+            let mut rows = Vec::with_capacity(batch.len());
+            for (index, operation) in batch.iter().enumerate() {
+                let scope = Scope::new(operation, &self.context);
+                match self.cases.get(operation.case) {
+                    Some(case) => match case.row(operation.case, &scope, operation) {
+                        Ok(row) => rows.push((index, row)),
+                        Err(failure) => failed.push((index, failure)),
+                    },
+                    None => failed.push((
+                        index,
+                        Failure::rendering(format!(
+                            "no case {} is left in the file; the record matched it before",
+                            operation.case
+                        )),
+                    )),
+                }
+            }
+            if !rows.is_empty() {
+                let sent: Vec<usize> = rows.iter().map(|(index, _)| *index).collect();
+                match self.write_rows(batch, rows).await {
+                    Ok(refused) => failed.extend(refused),
+                    Err(failure) => failed.extend(sent.into_iter().map(|index| (index, failure.clone()))),
+                }
+            }
+            failed.sort_unstable_by_key(|(index, _)| *index);
+            Written { failed }
+        }
+        .boxed()
+    }
+
+    fn probe(&self) -> BoxFuture<'_, Vec<Probed>> {
+        async move { vec![Probed::of(self.shown(), self.look().await)] }.boxed()
+    }
+}
+
+/// A document of the file, or where and why it is none.
+fn document(pointer: &str, value: &Value, faults: &mut Vec<SpecFault>) {
+    if let Err(error) = Document::parse(value) {
+        let help = "{payload.a}, for example; {{ is a literal brace";
+        faults.push(SpecFault::new(format!("{pointer}{}", error.pointer), error.error.to_string(), help));
+    }
+}

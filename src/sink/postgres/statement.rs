@@ -1,0 +1,368 @@
+//! One case of a `postgres:`: the row that a record is to it, and the statement that takes many.
+
+use std::collections::HashMap;
+use std::error::Error;
+
+use bytes::BytesMut;
+use indexmap::IndexMap;
+use serde_json::Value;
+use serde_json::value::RawValue;
+use tokio_postgres::Transaction;
+use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
+
+use super::{DeleteSpec, InsertSpec, OnConflict, PostgresCaseSpec, StatementSpec, UpsertSpec, document};
+use crate::sink::template::{Document, Scope};
+use crate::sink::{Failure, Operation, SpecFault};
+
+/// As many parameters as PostgreSQL takes.
+const MOST_PARAMETERS: usize = 65_535;
+
+/// What cannot work in a case.
+pub(super) fn check(case: &PostgresCaseSpec, here: &str, faults: &mut Vec<SpecFault>) {
+    let help = "one of upsert, insert, delete and statement";
+    match case.operations() {
+        1 => {}
+        0 => return faults.push(SpecFault::new(here, "this case does nothing", help)),
+        _ => return faults.push(SpecFault::new(here, "this case does several things", help)),
+    }
+    let mut table = |at: String, name: &str| {
+        if !is_table(name) {
+            let message = format!("'{name}' is no name for a table");
+            faults.push(SpecFault::new(at, message, "orders, or shop.orders; it is quoted, so upper case counts"));
+        }
+    };
+    let mut columns: Vec<(String, &IndexMap<String, Value>)> = Vec::new();
+    let mut keys: Vec<(String, &[String])> = Vec::new();
+    if let Some(upsert) = &case.upsert {
+        table(format!("{here}/upsert/table"), &upsert.table);
+        columns.push((format!("{here}/upsert/columns"), &upsert.columns));
+        keys.push((format!("{here}/upsert/key"), &upsert.key));
+    }
+    if let Some(insert) = &case.insert {
+        table(format!("{here}/insert/table"), &insert.table);
+        columns.push((format!("{here}/insert/columns"), &insert.columns));
+    }
+    if let Some(delete) = &case.delete {
+        table(format!("{here}/delete/table"), &delete.table);
+        columns.push((format!("{here}/delete/columns"), &delete.columns));
+        keys.push((format!("{here}/delete/key"), &delete.key));
+    }
+    for (at, key) in keys {
+        if key.is_empty() {
+            faults.push(SpecFault::new(at, "there is no key, so no row could be found", "key: [id], for example"));
+        }
+    }
+    for (at, columns) in columns {
+        for (name, value) in columns {
+            document(&format!("{at}/{}", name.replace('~', "~0").replace('/', "~1")), value, faults);
+        }
+    }
+    if let Some(statement) = &case.statement {
+        for (index, value) in statement.params.iter().enumerate() {
+            document(&format!("{here}/statement/params/{index}"), value, faults);
+        }
+        let wanted = (1..=MOST_PARAMETERS).take_while(|number| mentions(&statement.sql, *number)).count();
+        if wanted != statement.params.len() {
+            let message =
+                format!("the statement has ${wanted} at most, and there are {} params", statement.params.len());
+            faults.push(SpecFault::new(format!("{here}/statement/params"), message, "one for each of $1, $2 …"));
+        }
+    }
+}
+
+/// Whether `$number` stands in a statement.
+fn mentions(sql: &str, number: usize) -> bool {
+    let mark = format!("${number}");
+    sql.match_indices(&mark)
+        .any(|(at, _)| !sql.get(at + mark.len()..).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())))
+}
+
+fn is_table(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('.').collect();
+    parts.len() <= 2
+        && parts.iter().all(|part| !part.is_empty() && part.len() <= 63 && !part.contains(['\0', '{', '}']))
+}
+
+/// A name, or `schema.name`, in quotes.
+pub(super) fn quoted(name: &str) -> String {
+    name.split('.').map(column).collect::<Vec<_>>().join(".")
+}
+
+fn column(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// What a record is to a case.
+#[derive(Debug)]
+pub(super) struct Row {
+    case: usize,
+    /// The columns, in the order of the row; rows of one statement have the same.
+    columns: Vec<String>,
+    /// The row as a JSON object, or the parameters of a statement.
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Object { text: String, key: Vec<String> },
+    Parameters(Vec<Option<String>>),
+}
+
+/// Rows that one statement takes, in order, each with its index in the batch.
+pub(super) struct Run {
+    pub(super) case: usize,
+    pub(super) rows: Vec<(usize, Row)>,
+}
+
+impl Run {
+    /// Keeps the first half and gives the second.
+    pub(super) fn split(&mut self) -> Self {
+        Self { case: self.case, rows: self.rows.split_off(self.rows.len() / 2) }
+    }
+}
+
+/// Neighbours of one case and with the same columns go together.
+pub(super) fn runs(rows: Vec<(usize, Row)>) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (index, row) in rows {
+        match runs.last_mut() {
+            Some(run)
+                if run.case == row.case && run.rows.first().is_some_and(|(_, first)| first.columns == row.columns) =>
+            {
+                run.rows.push((index, row));
+            }
+            _ => runs.push(Run { case: row.case, rows: vec![(index, row)] }),
+        }
+    }
+    runs
+}
+
+/// A case, its templates parsed.
+pub(super) enum Case {
+    Upsert { table: String, key: Vec<String>, columns: Columns },
+    Insert { table: String, columns: Columns, ignore: bool },
+    Delete { table: String, key: Vec<String>, columns: Columns },
+    Statement { sql: String, params: Vec<Document> },
+}
+
+type Columns = Vec<(String, Document)>;
+
+fn columns(columns: &IndexMap<String, Value>) -> Result<Columns, Box<str>> {
+    let parse = |(name, value): (&String, &Value)| {
+        let document = Document::parse(value).map_err(|error| Box::<str>::from(error.error.to_string()))?;
+        Ok((name.clone(), document))
+    };
+    columns.iter().map(parse).collect()
+}
+
+impl Case {
+    pub(super) fn parse(spec: &PostgresCaseSpec) -> Result<Self, Box<str>> {
+        Ok(match spec {
+            PostgresCaseSpec { upsert: Some(UpsertSpec { table, key, columns: own }), .. } => {
+                Self::Upsert { table: quoted(table), key: key.clone(), columns: columns(own)? }
+            }
+            PostgresCaseSpec { insert: Some(InsertSpec { table, columns: own, on_conflict }), .. } => Self::Insert {
+                table: quoted(table),
+                columns: columns(own)?,
+                ignore: *on_conflict == Some(OnConflict::Ignore),
+            },
+            PostgresCaseSpec { delete: Some(DeleteSpec { table, key, columns: own }), .. } => {
+                Self::Delete { table: quoted(table), key: key.clone(), columns: columns(own)? }
+            }
+            PostgresCaseSpec { statement: Some(StatementSpec { sql, params }), .. } => {
+                let parse = |value| Document::parse(value).map_err(|error| Box::<str>::from(error.error.to_string()));
+                Self::Statement { sql: sql.clone(), params: params.iter().map(parse).collect::<Result<_, _>>()? }
+            }
+            _ => return Err("a case does nothing".into()),
+        })
+    }
+
+    /// What the record is to this case.
+    pub(super) fn row(&self, number: usize, scope: &Scope<'_>, operation: &Operation) -> Result<Row, Failure> {
+        let (own, key): (&Columns, &[String]) = match self {
+            Self::Upsert { columns, key, .. } | Self::Delete { columns, key, .. } => (columns, key),
+            Self::Insert { columns, .. } => (columns, &[]),
+            Self::Statement { params, .. } => {
+                let values = params.iter().map(|param| parameter(param, scope)).collect::<Result<_, _>>()?;
+                return Ok(Row { case: number, columns: Vec::new(), content: Content::Parameters(values) });
+            }
+        };
+        if operation.event.record.binary && own.is_empty() {
+            return Err(Failure::rendering("the payload is no JSON, so it has no fields; name `columns`"));
+        }
+        let mut fields: IndexMap<String, Box<RawValue>> = IndexMap::new();
+        if own.is_empty() {
+            let payload = scope.payload();
+            fields = serde_json::from_slice(payload)
+                .map_err(|_| Failure::rendering("the payload is no JSON object, so it has no fields for columns"))?;
+            if let Self::Delete { .. } = self {
+                fields.retain(|name, _| key.contains(name));
+            }
+        }
+        for (name, document) in own {
+            let mut out = Vec::new();
+            document.render_json(scope, &mut out)?;
+            let text = String::from_utf8(out).map_err(|_| Failure::rendering(format!("column {name} is no text")))?;
+            let raw =
+                RawValue::from_string(text).map_err(|_| Failure::rendering(format!("column {name} is no JSON")))?;
+            fields.insert(name.clone(), raw);
+        }
+        let mut key_values = Vec::with_capacity(key.len());
+        for name in key {
+            match fields.get(name) {
+                Some(value) if value.get() != "null" => key_values.push(value.get().to_owned()),
+                _ => return Err(Failure::rendering(format!("the key column {name} has no value"))),
+            }
+        }
+        let text = serde_json::to_string(&fields).map_err(|error| Failure::rendering(error.to_string()))?;
+        let mut names: Vec<String> = fields.into_keys().collect();
+        names.sort_unstable();
+        Ok(Row { case: number, columns: names, content: Content::Object { text, key: key_values } })
+    }
+
+    /// Runs the statement for rows of this case.
+    pub(super) async fn execute(&self, transaction: &Transaction<'_>, run: &Run) -> Result<(), tokio_postgres::Error> {
+        let Some((_, first)) = run.rows.first() else { return Ok(()) };
+        if let Self::Statement { sql, .. } = self {
+            let statement = transaction.prepare(sql).await?;
+            let each = run.rows.iter().filter_map(|(_, row)| match &row.content {
+                Content::Parameters(values) => Some(values),
+                Content::Object { .. } => None,
+            });
+            for values in each {
+                let texts: Vec<AsText<'_>> = values.iter().map(|value| AsText(value.as_deref())).collect();
+                let parameters: Vec<&(dyn ToSql + Sync)> =
+                    texts.iter().map(|text| text as &(dyn ToSql + Sync)).collect();
+                transaction.execute(&statement, &parameters).await?;
+            }
+            return Ok(());
+        }
+        let rows = match self {
+            // A statement may not touch a row twice: of one key the last counts.
+            Self::Upsert { .. } => folded(&run.rows),
+            _ => run.rows.iter().filter_map(|(_, row)| object(row)).collect(),
+        };
+        let json = format!("[{}]", rows.join(","));
+        let sql = self.sql(&first.columns);
+        let statement = transaction.prepare(&sql).await?;
+        transaction.execute(&statement, &[&AsText(Some(&json))]).await.map(|_| ())
+    }
+
+    fn sql(&self, names: &[String]) -> String {
+        let list =
+            |names: &mut dyn Iterator<Item = &String>| names.map(|name| column(name)).collect::<Vec<_>>().join(", ");
+        let all = list(&mut names.iter());
+        let from = |table: &str| format!("json_populate_recordset(NULL::{table}, $1::json)");
+        match self {
+            Self::Upsert { table, key, .. } => {
+                let rest = names.iter().filter(|name| !key.contains(name));
+                let set: Vec<String> = rest.map(|name| format!("{0} = excluded.{0}", column(name))).collect();
+                let act = if set.is_empty() { "NOTHING".to_owned() } else { format!("UPDATE SET {}", set.join(", ")) };
+                let target = list(&mut key.iter());
+                format!("INSERT INTO {table} ({all}) SELECT {all} FROM {} ON CONFLICT ({target}) DO {act}", from(table))
+            }
+            Self::Insert { table, ignore, .. } => {
+                let act = if *ignore { " ON CONFLICT DO NOTHING" } else { "" };
+                format!("INSERT INTO {table} ({all}) SELECT {all} FROM {}{act}", from(table))
+            }
+            Self::Delete { table, key, .. } => {
+                let equal: Vec<String> = key.iter().map(|name| format!("t.{0} = r.{0}", column(name))).collect();
+                format!("DELETE FROM {table} AS t USING {} AS r WHERE {}", from(table), equal.join(" AND "))
+            }
+            Self::Statement { sql, .. } => sql.clone(),
+        }
+    }
+
+    /// Looks whether the table is there, has the columns and may be written to; or whether the statement can be prepared.
+    pub(super) async fn probe(&self, client: &tokio_postgres::Client) -> Result<(), String> {
+        let explain = |error: tokio_postgres::Error| crate::connection::postgres::explain(&error);
+        let (table, rights, own, key): (_, &[&str], _, &[String]) = match self {
+            Self::Statement { sql, .. } => {
+                return client.prepare(sql).await.map(|_| ()).map_err(|error| format!("{}: {sql}", explain(error)));
+            }
+            Self::Upsert { table, columns, key } => (table, &["INSERT", "UPDATE", "SELECT"], columns, key),
+            Self::Insert { table, columns, .. } => (table, &["INSERT"], columns, &[]),
+            Self::Delete { table, columns, key } => (table, &["DELETE", "SELECT"], columns, key),
+        };
+        let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[table]).await.map_err(explain)?;
+        if !there.try_get::<_, bool>(0).map_err(explain)? {
+            return Err(format!("there is no table {table}: make it, or correct its name"));
+        }
+        for right in rights {
+            let may = client.query_one("SELECT has_table_privilege($1, $2)", &[table, right]).await.map_err(explain)?;
+            if !may.try_get::<_, bool>(0).map_err(explain)? {
+                return Err(format!("this user may not {right} on {table}: GRANT {right} ON {table}"));
+            }
+        }
+        let known = client
+            .query(
+                "SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped",
+                &[table],
+            )
+            .await;
+        let known: Vec<String> = match known {
+            Ok(rows) => rows.iter().filter_map(|row| row.try_get::<_, &str>(0).ok().map(str::to_owned)).collect(),
+            // An older driver of types may not take text for a table's name; the columns then show at the first row.
+            Err(_) => return Ok(()),
+        };
+        let wanted = own.iter().map(|(name, _)| name).chain(key);
+        let missing: Vec<&str> = wanted.filter(|name| !known.contains(name)).map(String::as_str).collect();
+        if missing.is_empty() { Ok(()) } else { Err(format!("{table} has no column {}", missing.join(", "))) }
+    }
+}
+
+fn object(row: &Row) -> Option<&str> {
+    match &row.content {
+        Content::Object { text, .. } => Some(text),
+        Content::Parameters(_) => None,
+    }
+}
+
+/// Of rows with one key only the last, at the place of the last.
+fn folded(rows: &[(usize, Row)]) -> Vec<&str> {
+    let mut last: HashMap<&[String], usize> = HashMap::new();
+    for (at, (_, row)) in rows.iter().enumerate() {
+        if let Content::Object { key, .. } = &row.content {
+            last.insert(key, at);
+        }
+    }
+    let is_last = |(at, (_, row)): &(usize, &(usize, Row))| match &row.content {
+        Content::Object { key, .. } => last.get(key.as_slice()) == Some(at),
+        Content::Parameters(_) => true,
+    };
+    rows.iter().enumerate().filter(is_last).filter_map(|(_, (_, row))| object(row)).collect()
+}
+
+/// A parameter as text: null where the record has null.
+fn parameter(document: &Document, scope: &Scope<'_>) -> Result<Option<String>, Failure> {
+    let mut out = Vec::new();
+    document.render_json(scope, &mut out)?;
+    let not_text = || Failure::rendering("a parameter is no text");
+    Ok(match serde_json::from_slice::<&RawValue>(&out).map_err(|_| not_text())?.get() {
+        "null" => None,
+        text if text.starts_with('"') => Some(serde_json::from_str(text).map_err(|_| not_text())?),
+        other => Some(other.to_owned()),
+    })
+}
+
+/// A value that the server reads from text, whatever the parameter's type.
+#[derive(Debug)]
+struct AsText<'a>(Option<&'a str>);
+
+impl ToSql for AsText<'_> {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        let Some(text) = self.0 else { return Ok(IsNull::Yes) };
+        out.extend_from_slice(text.as_bytes());
+        Ok(IsNull::No)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn encode_format(&self, _: &Type) -> Format {
+        Format::Text
+    }
+
+    to_sql_checked!();
+}
