@@ -335,7 +335,10 @@ impl Shared {
             match self.link.script(&call, false).await {
                 Ok(Value::Int(1)) => {}
                 Ok(_) => {
-                    tracing::warn!(group = %self.group, stream = part, "the hold had ended before the last progress was stored; it is made again")
+                    tracing::warn!(
+                        group = %self.group, stream = part,
+                        "the hold had ended before the last progress was stored; it is made again"
+                    );
                 }
                 Err(failed) => {
                     tracing::debug!(group = %self.group, why = %failed.why(), "progress could not be stored yet");

@@ -209,7 +209,7 @@ async fn watch(streams: Weak<Streams>, closed: CancellationToken) {
                     *streams.looked.lock() = looked;
                 }
                 Err(failed) => {
-                    tracing::debug!(ns = %streams.context.namespace, why = %failed.why(), "the streams could not be looked at")
+                    tracing::debug!(ns = %streams.context.namespace, why = %failed.why(), "the streams could not be looked at");
                 }
             }
         }
