@@ -391,12 +391,11 @@ async fn what_is_finished_goes_and_what_is_not_stays_until_the_backlog_is_full()
     broker.progress(&branch(), &last.into(), &[]);
     // The other branch has not finished anything.
     let length = || async { redis::from_redis_value::<usize>(command(&url, &["XLEN", &stream]).await).unwrap() };
-    let held = tokio::time::timeout(PATIENCE, broker.open(&other, Begin::Latest)).await.unwrap().unwrap();
-    assert_eq!((held.cursor.single(), length().await), (Position(0), written), "it begins where it was made");
-    let mut held = held;
+    let mut behind = tokio::time::timeout(PATIENCE, broker.open(&other, Begin::Latest)).await.unwrap().unwrap();
+    assert_eq!((behind.cursor.single(), length().await), (Position(0), written), "it begins where it was made");
     let mut seen = Vec::new();
     while seen.len() < written {
-        seen.extend(next(&mut held).await.unwrap());
+        seen.extend(next(&mut behind).await.unwrap());
     }
     let left = 3;
     let ended: Vec<_> =
@@ -414,6 +413,6 @@ async fn what_is_finished_goes_and_what_is_not_stays_until_the_backlog_is_full()
         }
     });
     accepted.await.expect("there is room again");
-    drop((hold, held));
+    drop((hold, behind));
     broker.close().await;
 }

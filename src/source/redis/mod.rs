@@ -11,6 +11,7 @@ mod group;
 mod known;
 mod link;
 mod names;
+mod reader;
 mod scripts;
 mod session;
 pub mod shelf;
