@@ -11,7 +11,7 @@ use walflow::source::foreign::broker::{Begin, Broker, Exactly, Opened};
 use walflow::source::foreign::open::Context;
 use walflow::source::foreign::store::Claimed;
 use walflow::source::redis::{Durability, RedisSourceSpec, open, probe};
-use walflow::source::{AdmitError, BranchName, Entry, IdempotencyKey, LogError, Reach};
+use walflow::source::{AdmitError, BranchName, DeadLetter, DeadReason, Entry, IdempotencyKey, LogError, Reach, RowKey};
 
 use crate::servers::Server;
 
@@ -420,5 +420,51 @@ async fn what_is_finished_goes_and_what_is_not_stays_until_the_backlog_is_full()
     });
     accepted.await.expect("there is room again");
     drop((hold, behind));
+    broker.close().await;
+}
+
+#[tokio::test]
+#[ignore = "needs a Redis server: run tests/run"]
+async fn another_name_carries_what_is_pending_and_dead_letters_have_a_stream() {
+    let (url, namespace) = (shared(), unique());
+    let broker = handle(&url, &namespace, 1);
+    let records: Vec<_> = (0..4).map(|n| record(Some("k"), &n.to_string())).collect();
+    append(&broker, records.clone()).await;
+    let mut hold = opened(&broker).await;
+    read(&mut hold, 4).await;
+    broker.progress(&branch(), &Reach::none(), &[Position(2)]);
+    drop(hold);
+    let to = BranchName::new("other", Some("eu"));
+    broker.rename(&branch(), &to).await.unwrap();
+    let mut hold = broker.open(&to, Begin::Latest).await.unwrap();
+    let left: Vec<u64> = read(&mut hold, 3).await.iter().map(|entry| entry.position.0).collect();
+    assert_eq!((hold.cursor.single(), left), (Position(0), vec![1, 3, 4]));
+    // A name that is known already takes nothing over.
+    broker.prepare(&branch(), Begin::Earliest).await.unwrap();
+    broker.rename(&branch(), &to).await.unwrap();
+    let letter = DeadLetter {
+        row: RowKey { position: Position(1), child: 0 },
+        branch: to.clone(),
+        at: Clock::system().now(),
+        reason: DeadReason::NoRoute,
+        attempts: 1,
+        last_error: "no".into(),
+        stage: "route".into(),
+        revision: "r".into(),
+        record: Arc::clone(&records[0]),
+        rendered: None,
+        overtaken: false,
+    };
+    broker.bury(vec![letter]).await.unwrap();
+    let buried = command(&url, &["XRANGE", &format!("walflow:{{{namespace}}}:dead"), "-", "+"]).await;
+    let buried: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::from_redis_value(buried).unwrap();
+    let fields = &buried[0].1;
+    assert_eq!((fields["branch"].as_slice(), fields["reason"].as_slice()), (&b"other@eu"[..], &b"no_route"[..]));
+    assert_eq!(Record::decode(&Bytes::from(fields["record"].clone())).unwrap(), *records[0]);
+    drop(hold);
+    broker.forget(&to).await.unwrap();
+    let hold = broker.open(&to, Begin::Latest).await.unwrap();
+    assert_eq!(hold.cursor.single(), Position(4), "it is a new one");
+    drop(hold);
     broker.close().await;
 }
