@@ -18,7 +18,17 @@ use crate::record::Record;
 pub(super) async fn read(shared: Arc<Shared>, generation: u64, stop: CancellationToken) {
     let mut blocking: Option<MultiplexedConnection> = None;
     let mut wait = BACKOFF.0;
+    let mut lost = false;
     while !stop.is_cancelled() {
+        if lost {
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = stop.cancelled() => return,
+            }
+            wait = (wait * 2).min(BACKOFF.1);
+            lost = begin_anew(&shared).await.is_err();
+            continue;
+        }
         let plan = {
             let state = shared.state.lock();
             let Some(session) = state.session.as_ref().filter(|session| session.generation == generation) else {
@@ -73,28 +83,27 @@ pub(super) async fn read(shared: Arc<Shared>, generation: u64, stop: Cancellatio
                 }
             }
             Err(failed) => {
-                let of_the_group = ["NOGROUP", "NOTHELD"].iter().any(|code| failed.why().contains(code));
-                if matches!(failed, Failed::Refused(_)) && of_the_group {
+                if matches!(failed, Failed::Refused(_)) && failed.why().contains("NOGROUP") {
                     shared.state.lock().broken = Some(shared.storage("read the streams", &failed));
                     shared.work.notify_one();
                     return;
                 }
+                // A hold that has really ended the keeper notices, and ends the session.
                 shared.state.lock().trouble = Some(Arc::clone(failed.why()));
-                tokio::select! {
-                    () = tokio::time::sleep(wait) => {}
-                    () = stop.cancelled() => return,
-                }
-                wait = (wait * 2).min(BACKOFF.1);
-                // What was asked for may still be given, to nobody: from now on only under a new mark, and what was given is
-                // looked for among what is pending.
-                if shared.hold(false, true).await.is_ok()
-                    && let Some(session) = shared.state.lock().session.as_mut()
-                {
-                    session.go_back(false);
-                }
+                lost = true;
             }
         }
     }
+}
+
+/// After an answer was lost, what was asked for may still be given, to nobody: from now on only under a new mark, and what was
+/// given is looked for among what is pending.
+async fn begin_anew(shared: &Shared) -> Result<(), Failed> {
+    shared.hold(false, true).await?;
+    if let Some(session) = shared.state.lock().session.as_mut() {
+        session.go_back(false);
+    }
+    Ok(())
 }
 
 async fn fetch(shared: &Shared, wanted: &Wanted) -> Result<Vec<(u16, u64, Got)>, Failed> {
