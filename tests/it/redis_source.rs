@@ -11,7 +11,7 @@ use walflow::source::foreign::broker::{Begin, Broker, Exactly, Opened};
 use walflow::source::foreign::open::Context;
 use walflow::source::foreign::store::Claimed;
 use walflow::source::redis::{Durability, RedisSourceSpec, open, probe};
-use walflow::source::{AdmitError, BranchName, Entry, IdempotencyKey, LogError, Reach};
+use walflow::source::{AdmitError, BranchName, DeadLetter, DeadReason, Entry, IdempotencyKey, LogError, Reach, RowKey};
 
 use crate::servers::Server;
 
@@ -62,11 +62,15 @@ async fn append(broker: &Arc<dyn Broker>, records: Vec<Arc<Record>>) -> Vec<Resu
 }
 
 async fn opened(broker: &Arc<dyn Broker>) -> Opened {
-    let begin = tokio::time::Instant::now();
+    opened_at(broker, Begin::Earliest).await
+}
+
+async fn opened_at(broker: &Arc<dyn Broker>, begin: Begin) -> Opened {
+    let started = tokio::time::Instant::now();
     loop {
-        match broker.open(&branch(), Begin::Earliest).await {
+        match broker.open(&branch(), begin.clone()).await {
             Ok(opened) => return opened,
-            Err(error) => assert!(begin.elapsed() < PATIENCE, "{error}"),
+            Err(error) => assert!(started.elapsed() < PATIENCE, "{error}"),
         }
     }
 }
@@ -291,14 +295,16 @@ async fn after_all_was_deleted_the_group_is_made_again_and_reads_what_comes() {
     let server = Server::start_with("redis", &["--appendonly", "yes", "--appendfsync", "always"]).await;
     let url = format!("redis://{}", server.address());
     let broker = handle(&url, "orders", 2);
+    // Where a branch begins that nobody knows is the end; one that was known loses nothing that way.
+    broker.prepare(&branch(), Begin::Earliest).await.unwrap();
     append(&broker, (0..6).map(|n| record(None, &n.to_string())).collect()).await;
-    let mut hold = opened(&broker).await;
+    let mut hold = opened_at(&broker, Begin::Latest).await;
     read(&mut hold, 6).await;
     command(&url, &["FLUSHALL"]).await;
     append(&broker, vec![record(None, "after"), record(None, "after")]).await;
     tokio::time::timeout(PATIENCE, hold.moved.cancelled()).await.expect("the hold goes on on nothing");
     drop(hold);
-    let mut hold = opened(&broker).await;
+    let mut hold = opened_at(&broker, Begin::Latest).await;
     assert_eq!(hold.cursor, [0, 1].into_iter().map(|part| Position::in_part(part, 0)).collect::<Reach>());
     let after = read(&mut hold, 2).await;
     assert!(after.iter().all(|entry| payload(entry) == "after" && entry.position.offset() == 1), "{after:?}");
@@ -391,12 +397,11 @@ async fn what_is_finished_goes_and_what_is_not_stays_until_the_backlog_is_full()
     broker.progress(&branch(), &last.into(), &[]);
     // The other branch has not finished anything.
     let length = || async { redis::from_redis_value::<usize>(command(&url, &["XLEN", &stream]).await).unwrap() };
-    let held = tokio::time::timeout(PATIENCE, broker.open(&other, Begin::Latest)).await.unwrap().unwrap();
-    assert_eq!((held.cursor.single(), length().await), (Position(0), written), "it begins where it was made");
-    let mut held = held;
+    let mut behind = tokio::time::timeout(PATIENCE, broker.open(&other, Begin::Latest)).await.unwrap().unwrap();
+    assert_eq!((behind.cursor.single(), length().await), (Position(0), written), "it begins where it was made");
     let mut seen = Vec::new();
     while seen.len() < written {
-        seen.extend(next(&mut held).await.unwrap());
+        seen.extend(next(&mut behind).await.unwrap());
     }
     let left = 3;
     let ended: Vec<_> =
@@ -414,6 +419,52 @@ async fn what_is_finished_goes_and_what_is_not_stays_until_the_backlog_is_full()
         }
     });
     accepted.await.expect("there is room again");
-    drop((hold, held));
+    drop((hold, behind));
+    broker.close().await;
+}
+
+#[tokio::test]
+#[ignore = "needs a Redis server: run tests/run"]
+async fn another_name_carries_what_is_pending_and_dead_letters_have_a_stream() {
+    let (url, namespace) = (shared(), unique());
+    let broker = handle(&url, &namespace, 1);
+    let records: Vec<_> = (0..4).map(|n| record(Some("k"), &n.to_string())).collect();
+    append(&broker, records.clone()).await;
+    let mut hold = opened(&broker).await;
+    read(&mut hold, 4).await;
+    broker.progress(&branch(), &Reach::none(), &[Position(2)]);
+    drop(hold);
+    let to = BranchName::new("other", Some("eu"));
+    broker.rename(&branch(), &to).await.unwrap();
+    let mut hold = broker.open(&to, Begin::Latest).await.unwrap();
+    let left: Vec<u64> = read(&mut hold, 3).await.iter().map(|entry| entry.position.0).collect();
+    assert_eq!((hold.cursor.single(), left), (Position(0), vec![1, 3, 4]));
+    // A name that is known already takes nothing over.
+    broker.prepare(&branch(), Begin::Earliest).await.unwrap();
+    broker.rename(&branch(), &to).await.unwrap();
+    let letter = DeadLetter {
+        row: RowKey { position: Position(1), child: 0 },
+        branch: to.clone(),
+        at: Clock::system().now(),
+        reason: DeadReason::NoRoute,
+        attempts: 1,
+        last_error: "no".into(),
+        stage: "route".into(),
+        revision: "r".into(),
+        record: Arc::clone(&records[0]),
+        rendered: None,
+        overtaken: false,
+    };
+    broker.bury(vec![letter]).await.unwrap();
+    let buried = command(&url, &["XRANGE", &format!("walflow:{{{namespace}}}:dead"), "-", "+"]).await;
+    let buried: Vec<(String, BTreeMap<String, Vec<u8>>)> = redis::from_redis_value(buried).unwrap();
+    let fields = &buried[0].1;
+    assert_eq!((fields["branch"].as_slice(), fields["reason"].as_slice()), (&b"other@eu"[..], &b"no_route"[..]));
+    assert_eq!(Record::decode(&Bytes::from(fields["record"].clone())).unwrap(), *records[0]);
+    drop(hold);
+    broker.forget(&to).await.unwrap();
+    let hold = broker.open(&to, Begin::Latest).await.unwrap();
+    assert_eq!(hold.cursor.single(), Position(4), "it is a new one");
+    drop(hold);
     broker.close().await;
 }

@@ -8,10 +8,12 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use redis::{Pipeline, RedisResult, Value};
 use tokio::sync::{mpsc, oneshot};
 
+use super::ends::Ends;
+use super::known;
 use super::link::{Call, Failed, Link, Open, explain};
 use super::names::{self, Names};
 use super::scripts::EXACT;
-use super::{Ends, known};
+use crate::clock::Timestamp;
 use crate::record::{Position, Record};
 use crate::source::foreign::broker::Exactly;
 use crate::source::foreign::open::Context;
@@ -43,7 +45,7 @@ pub(super) struct Writer {
 }
 
 /// Writes until nobody can hand anything over any more.
-pub(super) async fn run(writer: Writer, mut jobs: mpsc::UnboundedReceiver<Job>) {
+pub(super) async fn run(writer: Writer, mut jobs: mpsc::Receiver<Job>) {
     while let Some(first) = jobs.recv().await {
         let weight = |job: &Job| job.items.iter().map(|(record, _)| record.weight()).sum::<usize>();
         let (mut bytes, mut records) = (weight(&first), first.items.len());
@@ -93,8 +95,12 @@ impl Writer {
         let mut answers = answers.into_iter().skip(before);
         let missing = || Err(AdmitError::Unknown { reason: "the server gave no answer for it".into() });
         let mut results: Vec<Result<Exactly, AdmitError>> = Vec::with_capacity(items.len());
-        for ((_, key), part) in items.iter().zip(&parts) {
-            results.push(answers.next().map_or_else(missing, |answer| self.outcome(answer, *part, key.is_some())));
+        for ((record, key), part) in items.iter().zip(&parts) {
+            results.push(
+                answers
+                    .next()
+                    .map_or_else(missing, |answer| self.outcome(answer, *part, record.written_at, key.is_some())),
+            );
         }
         let wrote = results.iter().any(|result| matches!(result, Ok(Exactly::Appended(_))));
         if open.facts.waits
@@ -152,7 +158,13 @@ impl Writer {
         (pipeline, before)
     }
 
-    fn outcome(&self, answer: RedisResult<Value>, part: u16, keyed: bool) -> Result<Exactly, AdmitError> {
+    fn outcome(
+        &self,
+        answer: RedisResult<Value>,
+        part: u16,
+        at: Timestamp,
+        keyed: bool,
+    ) -> Result<Exactly, AdmitError> {
         let refused = |why: String| AdmitError::Unavailable { reason: format!("{}: {why}", self.link.shown()).into() };
         let value = match answer {
             Ok(value) => value,
@@ -181,7 +193,7 @@ impl Writer {
         }
         let id: String = redis::from_redis_value(value).map_err(|_| unclear())?;
         let offset = names::offset(&id).ok_or_else(unclear)?;
-        self.ends.at_least(part, offset);
+        self.ends.wrote(part, offset, at);
         Ok(Exactly::Appended(Position::in_part(part, offset)))
     }
 }

@@ -7,31 +7,30 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use redis::Value;
-use redis::aio::MultiplexedConnection;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::Ends;
-use super::link::{BLOCK, Call, Failed, Link};
+use super::ends::Ends;
+use super::link::{Call, Failed, Link};
 use super::names::{self, Names};
-use super::scripts::{ACK, BEGIN, FETCH, HOLD, RELEASE};
-use super::session::{Ack, Got, Session, Wanted};
+use super::reader;
+use super::scripts::{ACK, BEGIN, HOLD, RELEASE};
+use super::session::{Ack, Session};
 use crate::clock::Timestamp;
-use crate::record::{Position, Record};
+use crate::record::Position;
 use crate::source::foreign::broker::{Begin, Opened};
 use crate::source::{Entry, Lag, LogError, Reach, Subscription};
 
 /// A hold that is not renewed for so long has ended.
 const LEASE: Duration = Duration::from_secs(10);
 /// How often it is renewed, and looked whether streams are to move.
-const RENEW: Duration = Duration::from_secs(1);
+pub(super) const RENEW: Duration = Duration::from_secs(1);
 /// Before its end by so much a hold that could not be renewed counts as lost.
 const MARGIN: Duration = Duration::from_secs(2);
 /// Acknowledgements wait for others so long.
@@ -41,7 +40,7 @@ const LEAVE: Duration = Duration::from_secs(25);
 /// How long a branch waits for its hold before it says that it has none.
 const JOIN: Duration = Duration::from_secs(15);
 /// Waits after a failure.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+pub(super) const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// A branch's part in its group.
 pub(super) struct Member {
@@ -49,41 +48,41 @@ pub(super) struct Member {
     keeper: Mutex<Option<JoinHandle<()>>>,
 }
 
-struct Shared {
-    link: Arc<Link>,
-    names: Names,
-    group: String,
-    instance: String,
-    ends: Arc<Ends>,
-    state: Mutex<State>,
+pub(super) struct Shared {
+    pub(super) link: Arc<Link>,
+    pub(super) names: Names,
+    pub(super) group: String,
+    pub(super) instance: String,
+    pub(super) ends: Arc<Ends>,
+    pub(super) state: Mutex<State>,
     /// One exchange about holds at a time.
-    holding: tokio::sync::Mutex<()>,
+    pub(super) holding: tokio::sync::Mutex<()>,
     /// For the keeper: something is to be done.
-    work: Notify,
+    pub(super) work: Notify,
     /// For the reader: there is room, or something to go back to.
-    room: Notify,
+    pub(super) room: Notify,
     /// For those who wait for entries or a session.
-    news: Notify,
-    stop: CancellationToken,
+    pub(super) news: Notify,
+    pub(super) stop: CancellationToken,
 }
 
-struct State {
-    session: Option<Session>,
-    begin: Begin,
+pub(super) struct State {
+    pub(super) session: Option<Session>,
+    pub(super) begin: Begin,
     /// Why there is no session.
-    failed: Option<LogError>,
+    pub(super) failed: Option<LogError>,
     /// Why the session has to end.
-    broken: Option<LogError>,
-    generations: u64,
+    pub(super) broken: Option<LogError>,
+    pub(super) generations: u64,
     /// What holds are marked with; only who knows it may read.
-    token: u64,
+    pub(super) token: u64,
     /// The groups of these streams were there.
-    known: BTreeSet<u16>,
-    trouble: Option<Arc<str>>,
+    pub(super) known: BTreeSet<u16>,
+    pub(super) trouble: Option<Arc<str>>,
 }
 
 /// What a look at the holds found.
-struct Holds {
+pub(super) struct Holds {
     live: u64,
     ours: Vec<u16>,
     free: bool,
@@ -96,12 +95,12 @@ impl Holds {
 }
 
 impl Shared {
-    fn token(&self) -> String {
+    pub(super) fn token(&self) -> String {
         format!("{}#{}", self.instance, self.state.lock().token)
     }
 
     /// Renews holds, under a new mark if `anew`, and takes what is free if `take`.
-    async fn hold(&self, take: bool, anew: bool) -> Result<Holds, Failed> {
+    pub(super) async fn hold(&self, take: bool, anew: bool) -> Result<Holds, Failed> {
         let _turn = self.holding.lock().await;
         if anew {
             self.state.lock().token += 1;
@@ -135,14 +134,14 @@ impl Shared {
 
     /// Makes sure of the groups; gives each stream, its cursor and what its group was given last.
     async fn begin(&self, parts: &[u16]) -> Result<Vec<(u16, u64, u64)>, Failed> {
-        let mut begun = Vec::with_capacity(parts.len());
+        let mut found = Vec::with_capacity(parts.len());
         for part in parts {
-            let (begin, known) = {
+            let (from, known) = {
                 let state = self.state.lock();
                 (state.begin.clone(), state.known.contains(part))
             };
-            let begin = if known { Begin::Earliest } else { begin };
-            let group = begin_group(&self.link, &self.names, &self.group, *part, &begin).await?;
+            let from = if known { Begin::Earliest } else { from };
+            let group = begin_group(&self.link, &self.names, &self.group, *part, &from).await?;
             if known && group.made {
                 tracing::error!(
                     server = %self.link.shown(), stream = self.names.stream(*part), group = %self.group,
@@ -153,9 +152,9 @@ impl Shared {
             }
             self.ends.at_least(*part, group.end);
             self.state.lock().known.insert(*part);
-            begun.push((*part, group.cursor, group.given));
+            found.push((*part, group.cursor, group.given));
         }
-        Ok(begun)
+        Ok(found)
     }
 
     fn tell(&self) {
@@ -172,7 +171,7 @@ impl Shared {
         self.tell();
     }
 
-    fn storage(&self, act: &str, failed: &Failed) -> LogError {
+    pub(super) fn storage(&self, act: &str, failed: &Failed) -> LogError {
         failed.storage(format!("{act} of group {}", self.group))
     }
 
@@ -218,7 +217,7 @@ impl Shared {
         tracing::info!(group = %self.group, streams = ?holds.ours, processes = holds.live, "streams taken");
         self.tell();
         let stop_reading = CancellationToken::new();
-        let reader = tokio::spawn(read(Arc::clone(self), generation, stop_reading.clone()));
+        let reader = tokio::spawn(reader::read(Arc::clone(self), generation, stop_reading.clone()));
         let kept = self.watch(&holds.ours, &mut renewed).await;
         moved.cancel();
         self.wait_for_readers(&mut renewed).await;
@@ -335,7 +334,10 @@ impl Shared {
             match self.link.script(&call, false).await {
                 Ok(Value::Int(1)) => {}
                 Ok(_) => {
-                    tracing::warn!(group = %self.group, stream = part, "the hold had ended before the last progress was stored; it is made again")
+                    tracing::warn!(
+                        group = %self.group, stream = part,
+                        "the hold had ended before the last progress was stored; it is made again"
+                    );
                 }
                 Err(failed) => {
                     tracing::debug!(group = %self.group, why = %failed.why(), "progress could not be stored yet");
@@ -382,159 +384,6 @@ pub(super) async fn begin_group(
     let given = number(&given)?;
     let cursor = if pending.is_empty() { given } else { number(&pending)?.saturating_sub(1) };
     Ok(Group { made: made == 1, given, cursor, end: number(&end)? })
-}
-
-/// Reads for a session until it is stopped.
-async fn read(shared: Arc<Shared>, generation: u64, stop: CancellationToken) {
-    let mut blocking: Option<MultiplexedConnection> = None;
-    let mut wait = BACKOFF.0;
-    while !stop.is_cancelled() {
-        let plan = {
-            let state = shared.state.lock();
-            let Some(session) = state.session.as_ref().filter(|session| session.generation == generation) else {
-                return;
-            };
-            if session.parts().is_empty() { None } else { session.wanted() }
-        };
-        let Some(wanted) = plan else {
-            tokio::select! {
-                () = shared.room.notified() => {}
-                () = stop.cancelled() => return,
-            }
-            continue;
-        };
-        match fetch(&shared, &wanted).await {
-            Ok(got) => {
-                wait = BACKOFF.0;
-                let none = got.is_empty();
-                let ends = {
-                    let mut state = shared.state.lock();
-                    let Some(session) = state.session.as_mut().filter(|session| session.generation == generation)
-                    else {
-                        return;
-                    };
-                    for (part, offset, _) in &got {
-                        shared.ends.at_least(*part, *offset);
-                    }
-                    let gone = session.arrived(&wanted, got);
-                    for position in &gone {
-                        tracing::error!(
-                            stream = shared.names.stream(position.part()), group = %shared.group, entry = position.offset(),
-                            "a record is lost: it was pending and its entry was removed from the stream by somebody else"
-                        );
-                    }
-                    if session.has_acks() {
-                        shared.work.notify_one();
-                    }
-                    let ends = session.ends();
-                    state.trouble = None;
-                    ends
-                };
-                if none {
-                    if let Some(ends) = ends {
-                        tokio::select! {
-                            () = wait_for_more(&shared, &mut blocking, &ends) => {}
-                            () = shared.room.notified() => {}
-                            () = stop.cancelled() => return,
-                        }
-                    }
-                } else {
-                    shared.news.notify_waiters();
-                }
-            }
-            Err(failed) => {
-                let of_the_group = ["NOGROUP", "NOTHELD"].iter().any(|code| failed.why().contains(code));
-                if matches!(failed, Failed::Refused(_)) && of_the_group {
-                    shared.state.lock().broken = Some(shared.storage("read the streams", &failed));
-                    shared.work.notify_one();
-                    return;
-                }
-                shared.state.lock().trouble = Some(Arc::clone(failed.why()));
-                tokio::select! {
-                    () = tokio::time::sleep(wait) => {}
-                    () = stop.cancelled() => return,
-                }
-                wait = (wait * 2).min(BACKOFF.1);
-                // What was asked for may still be given, to nobody: from now on only under a new mark, and what was given is
-                // looked for among what is pending.
-                if shared.hold(false, true).await.is_ok()
-                    && let Some(session) = shared.state.lock().session.as_mut()
-                {
-                    session.go_back(false);
-                }
-            }
-        }
-    }
-}
-
-async fn fetch(shared: &Shared, wanted: &Wanted) -> Result<Vec<(u16, u64, Got)>, Failed> {
-    let parts = || wanted.parts.iter().map(|(part, _)| *part);
-    let from = |after: &Option<u64>| after.map_or_else(|| ">".to_owned(), |after| format!("0-{after}"));
-    let call = Call::new(&FETCH)
-        .keys(parts().map(|part| shared.names.lease(&shared.group, part)))
-        .keys(parts().map(|part| shared.names.stream(part)))
-        .arg(shared.token())
-        .arg(shared.group.as_str())
-        .number(wanted.count)
-        .args(wanted.parts.iter().map(|(_, after)| from(after)));
-    let answer = shared.link.script(&call, false).await?;
-    let mut got = Vec::new();
-    let streams = if let Value::Array(streams) = answer { streams } else { Vec::new() };
-    for stream in streams {
-        let Value::Array(stream) = stream else { continue };
-        let mut stream = stream.into_iter();
-        let (Some(name), Some(Value::Array(entries))) = (stream.next(), stream.next()) else { continue };
-        let name: String = redis::from_redis_value(name).unwrap_or_default();
-        let Some(part) = parts().find(|part| shared.names.stream(*part) == name) else { continue };
-        got.extend(entries.into_iter().filter_map(|entry| entry_of(shared, part, entry)));
-    }
-    Ok(got)
-}
-
-/// An entry: its id, and one field with the record.
-fn entry_of(shared: &Shared, part: u16, entry: Value) -> Option<(u16, u64, Got)> {
-    let Value::Array(entry) = entry else { return None };
-    let mut entry = entry.into_iter();
-    let id: String = redis::from_redis_value(entry.next()?).ok()?;
-    let offset = names::offset(&id)?;
-    let Some(Value::Array(fields)) = entry.next() else { return Some((part, offset, Got::Gone)) };
-    let Some(Value::BulkString(body)) = fields.into_iter().nth(1) else { return Some((part, offset, Got::Gone)) };
-    match Record::decode(&Bytes::from(body)) {
-        Ok(record) => Some((part, offset, Got::Record(Box::new(record)))),
-        Err(error) => {
-            tracing::error!(stream = shared.names.stream(part), entry = id, %error, "an entry is no record of walflow");
-            Some((part, offset, Got::Gone))
-        }
-    }
-}
-
-/// Ends when there is more in a stream, after a while, or after a failure; who waits looks again.
-async fn wait_for_more(shared: &Shared, blocking: &mut Option<MultiplexedConnection>, ends: &[(u16, u64)]) {
-    if blocking.is_none() {
-        match shared.link.blocking().await {
-            Ok(connection) => *blocking = Some(connection),
-            Err(failed) => {
-                shared.state.lock().trouble = Some(Arc::clone(failed.why()));
-                tokio::time::sleep(RENEW).await;
-                return;
-            }
-        }
-    }
-    // Taken out: if the wait is given up, so is the connection, on which the server would still wait.
-    let Some(mut connection) = blocking.take() else { return };
-    let mut cmd = redis::cmd("XREAD");
-    cmd.arg("COUNT").arg(1).arg("BLOCK").arg(u64::try_from(BLOCK.as_millis()).unwrap_or(2_000)).arg("STREAMS");
-    for (part, _) in ends {
-        cmd.arg(shared.names.stream(*part));
-    }
-    for (_, end) in ends {
-        cmd.arg(format!("0-{end}"));
-    }
-    let answer: redis::RedisResult<Value> = cmd.query_async(&mut connection).await;
-    match answer {
-        Ok(_) => *blocking = Some(connection),
-        Err(_) => tokio::time::sleep(BACKOFF.0).await,
-    }
 }
 
 impl Member {
@@ -630,6 +479,8 @@ impl Member {
         let Some(session) = &state.session else { return Lag::default() };
         let unread = session.unread(|part| self.shared.ends.of(part));
         let (open, bytes, oldest): (u64, u64, Option<Timestamp>) = session.unfinished();
+        let waiting = session.reads().filter_map(|(part, read)| self.shared.ends.first_after(part, read)).min();
+        let oldest = oldest.into_iter().chain(waiting).min();
         Lag { records: open + unread, bytes: bytes + unread * size, oldest, cursor: session.frontier.clone() }
     }
 

@@ -5,18 +5,20 @@
 //! waited for.
 
 mod append;
+mod ends;
 mod facts;
 mod group;
 mod known;
 mod link;
 mod names;
+mod reader;
 mod scripts;
 mod session;
 pub mod shelf;
 mod spec;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -24,12 +26,14 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 use redis::{Pipeline, Value};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::append::{Item, Job, Writer};
+use self::ends::Ends;
 use self::group::{Member, begin_group};
 use self::link::{Call, Failed, Link};
 use self::names::Names;
@@ -48,44 +52,14 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const KEEP: Duration = Duration::from_secs(30);
 /// … unless it takes more than this, about.
 const KEEP_BYTES: u64 = 64 << 20;
+/// Calls that wait for the server at most.
+const WAITING: usize = 16_384;
 /// What an entry takes about, before anything is known.
 const USUAL: u64 = 512;
 /// Entries in one page of a search.
 const PAGE: usize = 256;
 /// The largest record: a server takes arguments up to 512 MiB.
 const LARGEST: u64 = 256 << 20;
-
-/// The newest entry of each stream, as far as this process knows.
-struct Ends(Vec<AtomicU64>);
-
-impl Ends {
-    fn new(streams: u16) -> Self {
-        Self((0..streams).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    fn at_least(&self, part: u16, offset: u64) {
-        if let Some(end) = self.0.get(usize::from(part)) {
-            end.fetch_max(offset, Ordering::Relaxed);
-        }
-    }
-
-    fn all_at_least(&self, looked: &Looked) {
-        for (end, (found, _)) in self.0.iter().zip(&looked.streams) {
-            end.fetch_max(*found, Ordering::Relaxed);
-        }
-    }
-
-    /// The stream was lost and counts anew.
-    fn reset(&self, part: u16, offset: u64) {
-        if let Some(end) = self.0.get(usize::from(part)) {
-            end.store(offset, Ordering::Relaxed);
-        }
-    }
-
-    fn of(&self, part: u16) -> u64 {
-        self.0.get(usize::from(part)).map_or(0, |end| end.load(Ordering::Relaxed))
-    }
-}
 
 /// What a look at the streams found.
 #[derive(Clone, Debug, Default)]
@@ -117,7 +91,7 @@ struct Streams {
     durable: bool,
     instance: String,
     ends: Arc<Ends>,
-    jobs: Mutex<Option<mpsc::UnboundedSender<Job>>>,
+    jobs: Mutex<Option<mpsc::Sender<Job>>>,
     writer: Mutex<Option<JoinHandle<()>>>,
     branches: Mutex<BTreeMap<BranchName, Arc<Member>>>,
     looked: Mutex<Looked>,
@@ -141,7 +115,7 @@ fn start(spec: &RedisSourceSpec, context: &Context) -> Result<Arc<Streams>, LogE
     let link = Arc::new(Link::new(spec.address().map_err(wrong)?, spec.timeout(), durable));
     let names = Names::new(spec.prefix.as_deref(), &context.namespace, spec.streams());
     let ends = Arc::new(Ends::new(names.streams));
-    let (jobs, waiting) = mpsc::unbounded_channel();
+    let (jobs, waiting) = mpsc::channel(WAITING);
     let writer = Writer {
         link: Arc::clone(&link),
         names: names.clone(),
@@ -231,12 +205,12 @@ async fn watch(streams: Weak<Streams>, closed: CancellationToken) {
             }
             match look(&streams.link, &streams.names, &horizon).await {
                 Ok(looked) => {
-                    streams.ends.all_at_least(&looked);
+                    streams.ends.looked(&looked.streams);
                     finished.push_back((Instant::now(), looked.streams.iter().map(|(_, low)| *low).collect()));
                     *streams.looked.lock() = looked;
                 }
                 Err(failed) => {
-                    tracing::debug!(ns = %streams.context.namespace, why = %failed.why(), "the streams could not be looked at")
+                    tracing::debug!(ns = %streams.context.namespace, why = %failed.why(), "the streams could not be looked at");
                 }
             }
         }
@@ -262,8 +236,12 @@ impl Streams {
             return Err(AdmitError::BacklogFull { bytes, limit: self.context.backlog_bytes });
         }
         let (answer, wait) = oneshot::channel();
-        let sent = self.jobs.lock().as_ref().is_some_and(|jobs| jobs.send(Job { items, answer }).is_ok());
-        if sent { Ok(wait) } else { Err(closed()) }
+        let Some(jobs) = self.jobs.lock().clone() else { return Err(closed()) };
+        match jobs.try_send(Job { items, answer }) {
+            Ok(()) => Ok(wait),
+            Err(TrySendError::Full(_)) => Err(AdmitError::Busy { retry_after: LOOK_EVERY }),
+            Err(TrySendError::Closed(_)) => Err(closed()),
+        }
     }
 
     fn member(&self, branch: &BranchName, begin: &Begin) -> Arc<Member> {
@@ -450,7 +428,7 @@ impl Broker for Streams {
         self.with(|streams| async move {
             let looked = look(&streams.link, &streams.names, &[]).await;
             let looked = looked.map_err(|failed| failed.storage("ask where the streams end"))?;
-            streams.ends.all_at_least(&looked);
+            streams.ends.looked(&looked.streams);
             Ok(names::place(looked.streams.iter().map(|(end, _)| *end)).into())
         })
     }

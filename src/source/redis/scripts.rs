@@ -110,7 +110,11 @@ pub(super) static FETCH: Text = Text::new(
     r"
 local count = #KEYS / 2
 for i = 1, count do
-  if redis.call('GET', KEYS[i]) ~= ARGV[1] then return redis.error_reply('NOTHELD the hold on ' .. KEYS[i] .. ' has ended') end
+  if redis.call('GET', KEYS[i]) ~= ARGV[1] then
+    -- What a master that was replaced knows is old: a write tells whether it is one still.
+    redis.call('XACK', KEYS[count + i], ARGV[2], '0-0')
+    return redis.error_reply('NOTHELD the hold on ' .. KEYS[i] .. ' has ended')
+  end
 end
 local read = { 'XREADGROUP', 'GROUP', ARGV[2], 'walflow', 'COUNT', ARGV[3], 'STREAMS' }
 for i = 1, count do read[#read + 1] = KEYS[count + i] end
@@ -123,7 +127,11 @@ return redis.call(unpack(read))
 pub(super) static ACK: Text = Text::new(
     r"
 local owner = redis.call('GET', KEYS[1])
-if not owner or string.sub(owner, 1, #ARGV[1]) ~= ARGV[1] then return 0 end
+if not owner or string.sub(owner, 1, #ARGV[1]) ~= ARGV[1] then
+  -- A master that was replaced says so here.
+  redis.call('XACK', KEYS[2], ARGV[2], '0-0')
+  return 0
+end
 for i = 4, #ARGV, 500 do
   redis.call('XACK', KEYS[2], ARGV[2], unpack(ARGV, i, math.min(i + 499, #ARGV)))
 end

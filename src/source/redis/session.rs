@@ -290,6 +290,11 @@ impl Session {
         (self.open.len() as u64, self.open_bytes, oldest)
     }
 
+    /// Each stream with the newest entry that was read.
+    pub(super) fn reads(&self) -> impl Iterator<Item = (u16, u64)> {
+        self.parts.iter().map(|(number, part)| (*number, part.read))
+    }
+
     /// How many entries of the streams, which end there, were not read.
     pub(super) fn unread(&self, end: impl Fn(u16) -> u64) -> u64 {
         self.parts.iter().map(|(number, part)| end(*number).saturating_sub(part.read)).sum()

@@ -159,7 +159,7 @@ impl Shelf {
         F: Future<Output = Result<T, LogError>> + Send + 'static,
     {
         match self.this.upgrade() {
-            Some(shelf) => call(shelf).boxed(),
+            Some(this) => call(this).boxed(),
             None => ready(Err(LogError::Closed("the shelf was dropped".into()))).boxed(),
         }
     }
@@ -492,14 +492,14 @@ impl Store for Shelf {
     }
 
     fn replayed_lanes(&self, branch: &BranchName) -> BoxFuture<'static, Vec<AsideLane>> {
-        let (shelf, branch) = (self.this.clone(), branch.clone());
+        let (this, branch) = (self.this.clone(), branch.clone());
         async move {
             loop {
-                let Some(shelf) = shelf.upgrade() else { return std::future::pending().await };
-                let news = shelf.replayed.notified();
+                let Some(strong) = this.upgrade() else { return std::future::pending().await };
+                let news = strong.replayed.notified();
                 tokio::pin!(news);
                 news.as_mut().enable();
-                if let Some(lanes) = shelf.sent_back(&branch).await {
+                if let Some(lanes) = strong.sent_back(&branch).await {
                     return lanes;
                 }
                 tokio::select! {

@@ -81,7 +81,7 @@ local function end_letter(letter, number, row, id, bytes)
   redis.call('ZREM', root .. ':dead', letter)
   redis.call('SREM', root .. ':over', letter)
   redis.call('HDEL', root .. ':b:' .. number .. ':deadrow', row)
-  redis.call('HINCRBY', root .. ':b:' .. number .. ':meta', 'bytes', -bytes)
+  if tonumber(bytes) > 0 then redis.call('HINCRBY', root .. ':b:' .. number .. ':meta', 'bytes', '-' .. bytes) end
   redis.call('ZREM', root .. ':ids', id .. 'd' .. row .. number)
   return true
 end

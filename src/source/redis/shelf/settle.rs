@@ -74,7 +74,7 @@ impl Shelf {
         &self,
         branch: &BranchName,
         lane: Option<&str>,
-        from: Vec<u8>,
+        from: &[u8],
         limit: usize,
         bodies: bool,
     ) -> Result<Vec<Row>, LogError> {
@@ -93,7 +93,7 @@ impl Shelf {
         let mut lanes: BTreeMap<Box<str>, AsideLane> = BTreeMap::new();
         let mut from = Vec::new();
         loop {
-            let page = self.page(branch, lane, from, ROWS, false).await?;
+            let page = self.page(branch, lane, &from, ROWS, false).await?;
             for (member, head, _) in &page {
                 let Some(row) = row_of(member, head)? else { continue };
                 if lane.is_some_and(|lane| lane != &*row.lane) {
@@ -126,9 +126,9 @@ impl Shelf {
         let mut found = Vec::new();
         let mut from = Vec::new();
         while found.len() < limit {
-            let page = self.page(branch, Some(lane), from, ROWS.min(limit - found.len()), true).await?;
+            let page = self.page(branch, Some(lane), &from, ROWS.min(limit - found.len()), true).await?;
             let Some((last, ..)) = page.last() else { break };
-            from = last.clone();
+            from.clone_from(last);
             for (member, head, body) in page {
                 let Some(row) = row_key(&member) else { continue };
                 let row = rows::aside_of(row, &head, Some(body))?;
