@@ -98,6 +98,10 @@ fn environment_digest(loaded: &Loaded, spec: &PipelineSpec, environment: &Enviro
     let mut digest = Sha256::new();
     // The file's own text goes first, so that equal values in two namespaces have digests of their own.
     absorb(&mut digest, loaded.text.as_str());
+    if let Some(shared) = loaded.text.behind() {
+        // Where it stands in walflow.yaml does not matter.
+        shared.as_str().split_whitespace().for_each(|word| absorb(&mut digest, word));
+    }
     for (name, value) in used {
         absorb(&mut digest, name);
         absorb(&mut digest, if value.is_some() { "set" } else { "unset" });
