@@ -42,6 +42,8 @@ use signals::{Signals, Wish};
 pub struct Settings {
     /// Pipeline files, and folders of them.
     pub paths: Vec<PathBuf>,
+    /// walflow.yaml, where it was named; else it is looked for at each reading.
+    pub config: Option<PathBuf>,
     /// Where to listen.
     pub listen: SocketAddr,
     /// The folder that holds the log.
@@ -148,7 +150,7 @@ pub async fn run(settings: Settings) -> Result<(), ServiceError> {
     }
     let mut signals =
         Signals::new().map_err(|cause| ServiceError::System { act: "listen for signals".into(), cause })?;
-    let files = Files::new(settings.paths.clone());
+    let files = Files::new(settings.paths.clone(), settings.config.clone());
     let reading = files.read();
     reading.report();
     if settings.strict && reading.has_errors() {

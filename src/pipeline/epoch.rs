@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::make::{Made, hex, make};
 use crate::spec::environment::Environment;
-use crate::spec::text::Text;
 use crate::spec::shared::Shared;
+use crate::spec::text::Text;
 use crate::spec::{Loaded, Neighbours, load_text_with};
 use crate::transform::Compiler;
 

@@ -17,13 +17,16 @@ use crate::record::Namespace;
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
+use crate::spec::shared::{self, Shared};
 use crate::spec::text::Text;
-use crate::spec::{Loaded, Neighbours, load, load_text};
+use crate::spec::{Loaded, Neighbours, load_text_with, load_with};
 use crate::transform::Compiler;
 
 /// Where the files are and what they may refer to.
 pub(super) struct Files {
     paths: Vec<PathBuf>,
+    /// walflow.yaml, where it was named.
+    config: Option<PathBuf>,
     environment: Environment,
     compiler: Compiler,
     names: Mutex<BTreeMap<Arc<str>, Namespace>>,
@@ -53,17 +56,20 @@ pub(super) struct Found {
 
 impl Files {
     /// Files under these paths; references are resolved in the process's own environment.
-    pub(super) fn new(paths: Vec<PathBuf>) -> Self {
+    pub(super) fn new(paths: Vec<PathBuf>, config: Option<PathBuf>) -> Self {
         let variables: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
         let compiler = Compiler::new(Clock::system(), variables.clone());
-        Self { paths, environment: Environment::new(variables), compiler, names: Mutex::default() }
+        Self { paths, config, environment: Environment::new(variables), compiler, names: Mutex::default() }
     }
 
     /// Reads everything again.
     pub(super) fn read(&self) -> Reading {
-        let load = load(&self.paths, &self.environment);
+        let shared = self.shared();
+        let load = load_with(&self.paths, shared.as_ref(), &self.environment);
+        // What a pipeline takes from a broken walflow.yaml is not known: each stays as it was.
+        let broken = shared.as_ref().and_then(Shared::error).cloned().map(Arc::new);
         let no_files = load.files.is_empty();
         let mut reading = Reading { problems: load.diagnostics, no_files, ..Reading::default() };
         let mut by_name: BTreeMap<Namespace, Result<Arc<Plan>, Arc<Diagnostic>>> = BTreeMap::new();
@@ -76,6 +82,7 @@ impl Files {
                     Err(Arc::new(Diagnostic::of_file(Code::Refused, loaded.text.name(), "it gives no plan")))
                 }
             };
+            let plan = broken.clone().map_or(plan, Err);
             reading.problems.extend(made.diagnostics);
             match (self.name_of(loaded), plan) {
                 // Of two files for one namespace neither counts, so a fault is kept.
@@ -101,6 +108,10 @@ impl Files {
         reading
     }
 
+    fn shared(&self) -> Option<Shared> {
+        shared::find(self.config.as_deref()).map(|path| Shared::read(&path, &self.environment))
+    }
+
     /// The file that held a namespace when the files were last read.
     pub(super) fn path_of(&self, namespace: &Namespace) -> Option<PathBuf> {
         self.names.lock().iter().find(|(_, name)| *name == namespace).map(|(file, _)| PathBuf::from(&**file))
@@ -109,7 +120,7 @@ impl Files {
     /// The plan that another text in the place of a file would make, or everything that is wrong with it.
     pub(super) fn plan_instead(&self, path: &Path, text: &str) -> Result<Arc<Plan>, String> {
         let named = Text::new(&path.display().to_string(), text);
-        let loaded = load_text(named, Neighbours::beside(path), &self.environment);
+        let loaded = load_text_with(named, Neighbours::beside(path), self.shared().as_ref(), &self.environment);
         let made = make(&loaded, &self.environment, &self.compiler);
         let problems: Vec<String> =
             made.diagnostics.iter().filter(|problem| problem.is_error()).map(|problem| problem.render(false)).collect();

@@ -18,10 +18,10 @@ use serde_path_to_error::Segment;
 use super::check::{self, Finding};
 use super::code::Code;
 use super::diagnostic::Diagnostic;
-use super::merge;
-use super::shared::Shared;
 use super::environment::Environment;
 use super::expand::{Expansion, child, expand_tree};
+use super::merge;
+use super::shared::Shared;
 use super::text::Text;
 use super::tree::{self, Content, Node};
 use super::{PipelineSpec, rules};
@@ -126,18 +126,16 @@ pub fn load(paths: &[PathBuf], environment: &Environment) -> Load {
 
 /// The same, with what pipelines share: its own problems are among those of no file.
 pub fn load_with(paths: &[PathBuf], shared: Option<&Shared>, environment: &Environment) -> Load {
-    let mut out = Load { diagnostics: shared.map(|shared| shared.diagnostics.clone()).unwrap_or_default(), ..Load::default() };
+    let mut out =
+        Load { diagnostics: shared.map(|shared| shared.diagnostics.clone()).unwrap_or_default(), ..Load::default() };
     let mut files = discover(paths, &mut out.diagnostics);
     files.retain(|file| !shared.is_some_and(|shared| shared.is_at(file)));
     for path in files {
         let name = path.display().to_string();
         match read_text(&path) {
-            Ok(text) => out.files.push(load_text_with(
-                Text::new(&name, &text),
-                Neighbours::beside(&path),
-                shared,
-                environment,
-            )),
+            Ok(text) => {
+                out.files.push(load_text_with(Text::new(&name, &text), Neighbours::beside(&path), shared, environment))
+            }
             Err((code, message)) => {
                 let broken = Loaded::broken(Text::new(&name, ""), Neighbours::beside(&path));
                 let diagnostic = Diagnostic::of_file(code, &name, message);

@@ -175,7 +175,10 @@ impl Merging<'_> {
 
     fn connection(&mut self, named: &Entry, kind: &'static str) -> Result<Node, (String, String)> {
         let Content::Scalar { text: name, .. } = &named.node.content else {
-            return Err(("expected the name of a connection for 'use'".to_owned(), format!("write `use: NAME` with a {kind} connection of walflow.yaml")));
+            return Err((
+                "expected the name of a connection for 'use'".to_owned(),
+                format!("write `use: NAME` with a {kind} connection of walflow.yaml"),
+            ));
         };
         let Some(shared) = self.shared else {
             let help = "walflow.yaml is looked for under --config or WALFLOW_CONFIG, in the working folder and in /etc/walflow";
@@ -216,7 +219,8 @@ impl Merging<'_> {
             }
         }
         for arm in arms {
-            for key in keys.iter().filter(|key| !is_kind(&key.key) && !matches!(key.key.as_str(), "route" | "fan_out")) {
+            for key in keys.iter().filter(|key| !is_kind(&key.key) && !matches!(key.key.as_str(), "route" | "fan_out"))
+            {
                 if let Some(own) = arm.get_mut(&key.key) {
                     self.under(own, &key.node);
                 }
@@ -245,7 +249,9 @@ impl Merging<'_> {
                         self.faults.push(Fault {
                             code: Code::TooComplex,
                             range: own_range(mine),
-                            message: format!("with what it takes from walflow.yaml the file has more than {MOST_NODES} values"),
+                            message: format!(
+                                "with what it takes from walflow.yaml the file has more than {MOST_NODES} values"
+                            ),
                             help: Some("connections are a few fields; generated data belongs elsewhere".to_owned()),
                         });
                     }
@@ -258,3 +264,6 @@ impl Merging<'_> {
 fn own_range(entries: &[Entry]) -> std::ops::Range<usize> {
     entries.first().map_or(0..0, |entry| entry.key_range.clone())
 }
+
+#[cfg(test)]
+mod tests;

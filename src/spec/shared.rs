@@ -145,7 +145,8 @@ impl Shared {
             let from = line(entry.key_range.start);
             let to = following(map, entry.key_range.start).map_or(end, line);
             let Some(part) = text.get(from..to) else { continue };
-            let blanks: String = part.bytes().map(|byte| if byte == b'\n' || byte == b'\r' { char::from(byte) } else { ' ' }).collect();
+            let blanks: String =
+                part.bytes().map(|byte| if byte == b'\n' || byte == b'\r' { char::from(byte) } else { ' ' }).collect();
             text.replace_range(from..to, &blanks);
         }
     }
@@ -170,13 +171,20 @@ fn inspect(loaded: &mut Loaded, environment: &Environment) {
             "defaults" => {
                 for own in OWN.iter().filter(|own| entry.node.get(own).is_some()) {
                     let message = format!("'{own}' has no default: it is each pipeline's own");
-                    findings.push(finding(Code::MisplacedKey, &child("/defaults", own), message, "move it to the pipeline file"));
+                    findings.push(finding(
+                        Code::MisplacedKey,
+                        &child("/defaults", own),
+                        message,
+                        "move it to the pipeline file",
+                    ));
                 }
                 part(loaded, &entry.node, grammar::schema(), "/defaults", environment, &mut findings);
             }
             other => {
-                let help = nearest(other, KEYS.iter().copied())
-                    .map_or_else(|| format!("the keys of walflow.yaml are {}", KEYS.join(", ")), |meant| format!("did you mean '{meant}'?"));
+                let help = nearest(other, KEYS.iter().copied()).map_or_else(
+                    || format!("the keys of walflow.yaml are {}", KEYS.join(", ")),
+                    |meant| format!("did you mean '{meant}'?"),
+                );
                 findings.push(finding(Code::UnknownKey, &child("", other), format!("unknown key '{other}'"), help));
             }
         }
@@ -198,7 +206,12 @@ fn tell(loaded: &mut Loaded, findings: &[Finding]) {
 fn connections(loaded: &mut Loaded, all: &Node, environment: &Environment, findings: &mut Vec<Finding>) {
     let kinds = CONNECTION_KINDS.join(", ");
     let Content::Map(entries) = &all.content else {
-        findings.push(finding(Code::WrongType, "/connections", "expected a map for 'connections'", format!("write NAME: with one of {kinds}")));
+        findings.push(finding(
+            Code::WrongType,
+            "/connections",
+            "expected a map for 'connections'",
+            format!("write NAME: with one of {kinds}"),
+        ));
         return;
     };
     for entry in entries {
@@ -228,7 +241,14 @@ fn connections(loaded: &mut Loaded, all: &Node, environment: &Environment, findi
 }
 
 /// A connection's fields are those of any sink, source or shelf of its kind.
-fn settings(loaded: &mut Loaded, node: &Node, kind: &str, pointer: &str, environment: &Environment, findings: &mut Vec<Finding>) {
+fn settings(
+    loaded: &mut Loaded,
+    node: &Node,
+    kind: &str,
+    pointer: &str,
+    environment: &Environment,
+    findings: &mut Vec<Finding>,
+) {
     let of = |holder: &str| {
         let found = grammar::properties(grammar::definition(holder)).find(|(name, _)| *name == kind);
         found.map(|(_, schema)| schema)
@@ -263,11 +283,17 @@ fn part(
     let mut expansion = expand_tree(&loaded.text, &node, environment);
     let mut checked = Checked::default();
     // What is not there may be the pipeline's to give, and so is a value from the environment that is not set.
-    expansion.problems.clear();
+    let unknown: Vec<String> =
+        expansion.problems.drain(..).map(|problem| format!("{pointer}{}", problem.pointer)).collect();
     let whole: Vec<String> = expansion.written.keys().map(|at| format!("{pointer}{at}")).collect();
     check(schema, &mut expansion.value, pointer, false, &mut checked);
     // What a reference gives is checked where it is used, with the type that its place asks for.
-    findings.extend(checked.findings.into_iter().filter(|finding| !whole.contains(&finding.pointer)));
+    findings.extend(
+        checked
+            .findings
+            .into_iter()
+            .filter(|finding| !whole.contains(&finding.pointer) && !unknown.contains(&finding.pointer)),
+    );
     loaded.expansion.written.extend(
         std::mem::take(&mut expansion.written).into_iter().map(|(at, written)| (format!("{pointer}{at}"), written)),
     );

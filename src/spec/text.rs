@@ -62,7 +62,6 @@ impl Text {
         }
     }
 
-
     /// The name that a user knows it by.
     pub const fn name(&self) -> &Arc<str> {
         &self.name
