@@ -24,6 +24,9 @@ pub(super) struct RunArgs {
     /// The file with shared connections and defaults. Default: ./walflow.yaml, else /etc/walflow/walflow.yaml, where there is one
     #[arg(long, env = "WALFLOW_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Run only the namespaces of these shards, comma-separated or repeated. Default: all
+    #[arg(long, env = "WALFLOW_SHARD", value_delimiter = ',', value_name = "NAME")]
+    shard: Vec<String>,
     /// Where to listen; without API keys only on loopback
     #[arg(long, env = "WALFLOW_LISTEN", default_value = "127.0.0.1:3000", value_name = "ADDRESS")]
     listen: SocketAddr,
@@ -71,6 +74,7 @@ pub(super) fn run(args: RunArgs) -> Result<(), Stop> {
     let settings = Settings {
         paths: args.paths,
         config: args.config,
+        shards: args.shard.into_iter().filter(|shard| !shard.is_empty()).collect(),
         listen,
         data: args.data,
         strict: args.strict,

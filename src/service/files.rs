@@ -27,6 +27,8 @@ pub(super) struct Files {
     paths: Vec<PathBuf>,
     /// walflow.yaml, where it was named.
     config: Option<PathBuf>,
+    /// The shards that run here; none = all.
+    shards: Vec<String>,
     environment: Environment,
     compiler: Compiler,
     names: Mutex<BTreeMap<Arc<str>, Namespace>>,
@@ -37,6 +39,8 @@ pub(super) struct Files {
 pub(super) struct Reading {
     /// By namespace; none twice.
     pub found: Vec<Found>,
+    /// Namespaces that do not run here, with the shard that has each.
+    pub elsewhere: BTreeMap<Namespace, Arc<str>>,
     /// Everything that was said about the files, warnings too.
     pub problems: Vec<Diagnostic>,
     /// The problem of a file of which nobody can say whose it is.
@@ -56,12 +60,12 @@ pub(super) struct Found {
 
 impl Files {
     /// Files under these paths; references are resolved in the process's own environment.
-    pub(super) fn new(paths: Vec<PathBuf>, config: Option<PathBuf>) -> Self {
+    pub(super) fn new(paths: Vec<PathBuf>, config: Option<PathBuf>, shards: Vec<String>) -> Self {
         let variables: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
         let compiler = Compiler::new(Clock::system(), variables.clone());
-        Self { paths, config, environment: Environment::new(variables), compiler, names: Mutex::default() }
+        Self { paths, config, shards, environment: Environment::new(variables), compiler, names: Mutex::default() }
     }
 
     /// Reads everything again.
@@ -85,6 +89,9 @@ impl Files {
             let plan = broken.clone().map_or(plan, Err);
             reading.problems.extend(made.diagnostics);
             match (self.name_of(loaded), plan) {
+                (Some(name), _) if let Some(shard) = self.other_shard(loaded) => {
+                    reading.elsewhere.insert(name, shard);
+                }
                 // Of two files for one namespace neither counts, so a fault is kept.
                 (Some(name), plan) => {
                     let earlier = by_name.remove(&name);
@@ -106,6 +113,13 @@ impl Files {
         }
         reading.found = by_name.into_iter().map(|(namespace, plan)| Found { namespace, plan }).collect();
         reading
+    }
+
+    /// The shard of a file that does not run here; a file that does not say it in a way that can be read is everybody's.
+    fn other_shard(&self, loaded: &Loaded) -> Option<Arc<str>> {
+        let said = loaded.value.as_object()?.get("shard").and_then(serde_json::Value::as_str).unwrap_or("default");
+        let here = self.shards.is_empty() || self.shards.iter().any(|shard| shard == said);
+        (!here).then(|| said.into())
     }
 
     fn shared(&self) -> Option<Shared> {

@@ -46,6 +46,9 @@ impl Directory for Front {
             ));
         }
         let name: Namespace = namespace.parse().map_err(|_| Problem::no_namespace(namespace))?;
+        if let Some(shard) = self.pipelines.elsewhere(&name) {
+            return Err(Problem::other_shard(&name, &shard));
+        }
         match self.pipelines.get(&name) {
             Some(pipeline) if matches!(pipeline.config(), Config::Deleted) => Err(Problem::no_namespace(namespace)),
             Some(pipeline) if pipeline.is_moving() => Err(Problem::unavailable(

@@ -14,6 +14,7 @@ mod merge;
 mod publish;
 mod rules;
 pub mod shared;
+mod show;
 pub mod sink;
 pub mod text;
 pub mod tree;

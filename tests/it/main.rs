@@ -12,6 +12,7 @@
 #![expect(unreachable_pub, reason = "the files share what the harness offers")]
 
 mod command;
+mod config;
 mod crash;
 mod dead_letters;
 mod epochs;

@@ -28,12 +28,12 @@ connections:
   other:
     redis: { url: redis://o/1 }
   bus:
-    kafka: { brokers: [k:9092] }
+    kafka: { brokers: k:9092 }
 defaults:
   source:
     backlog: { size: 1GiB, age: 1d }
   sink:
-    retry: { attempts: 5, max_age: 1h }
+    retry: { attempts: 5, give_up: 1h }
     limits: { concurrency: 3 }
 ";
 
@@ -45,7 +45,7 @@ fn shorts(loaded: &Loaded) -> Vec<String> {
 fn a_pipeline_takes_a_connections_fields_and_its_own_win() {
     let shared = shared(SHARED);
     assert!(shared.diagnostics.is_empty(), "{:?}", shared.diagnostics);
-    let file = loaded("namespace: a\nsink: { redis: { use: main, timeout: 9s, set: x } }\n", &shared);
+    let file = loaded("namespace: a\nsink: { redis: { use: main, timeout: 9s } }\n", &shared);
     let redis = &file.value["sink"]["redis"];
     assert_eq!((&redis["url"], &redis["timeout"]), (&json!("redis://u:CANARY-password@r/1"), &json!("9s")));
     assert_eq!(redis.get("use"), None);
@@ -54,7 +54,7 @@ fn a_pipeline_takes_a_connections_fields_and_its_own_win() {
 
 #[test]
 fn defaults_are_merged_key_by_key_and_null_clears() {
-    let yaml = "namespace: a\nsource: { backlog: { size: 2GiB } }\nsink: { stdout: {}, retry: { attempts: 1, max_age: null }, limits: null }\n";
+    let yaml = "namespace: a\nsource: { backlog: { size: 2GiB } }\nsink: { stdout: {}, retry: { attempts: 1, give_up: null }, limits: null }\n";
     let file = loaded(yaml, &shared(SHARED));
     assert!(file.diagnostics.is_empty(), "{:?}", shorts(&file));
     assert_eq!(file.value["source"]["backlog"], json!({"size": "2GiB", "age": "1d"}));
@@ -67,8 +67,8 @@ fn defaults_of_the_sink_reach_into_every_arm() {
         "namespace: a\nsink:\n  fan_out:\n    one: { stdout: {}, retry: { attempts: 1 } }\n    two: { stdout: {} }\n";
     let file = loaded(yaml, &shared(SHARED));
     assert!(file.diagnostics.is_empty(), "{:?}", shorts(&file));
-    assert_eq!(file.value["sink"]["fan_out"]["one"]["retry"], json!({"attempts": 1, "max_age": "1h"}));
-    assert_eq!(file.value["sink"]["retry"], json!({"attempts": 5, "max_age": "1h"}));
+    assert_eq!(file.value["sink"]["fan_out"]["one"]["retry"], json!({"attempts": 1, "give_up": "1h"}));
+    assert_eq!(file.value["sink"]["retry"], json!({"attempts": 5, "give_up": "1h"}));
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn a_region_takes_a_connection_of_its_own() {
     assert_eq!(file.value["replicate"]["regions"]["us"]["timeout"], "2s");
     assert_eq!(file.value["sink"]["redis"]["url"], "redis://o/1");
     assert!(
-        shorts(&file)[0].contains("a.yaml:2:56: error[WF0420]: there is no connection 'nowhere'"),
+        shorts(&file)[0].contains("a.yaml:2:55: error[WF0420]: there is no connection 'nowhere'"),
         "{:?}",
         shorts(&file)
     );
