@@ -20,7 +20,7 @@ pub mod text;
 pub mod tree;
 
 pub use load::{LARGEST_FILE, Load, Loaded, Neighbours, load, load_text, load_text_with, load_with};
-pub use publish::{defaults_table, json_schema};
+pub use publish::{defaults_table, json_schema, shared_schema};
 
 use std::fmt;
 

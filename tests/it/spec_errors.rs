@@ -246,7 +246,7 @@ sink:
         &[
             (
                 "walflow.yaml",
-                "connections:\n  main: { redis: { url: redis://r/1, timeuot: 1s } }\n  bus: { kafka: { brokers: "k:9092" }, redis: {} }\ndefaults:\n  namespace: x\n  sink: { retry: { attempts: many } }\nconections: {}\n",
+                "connections:\n  main: { redis: { url: redis://r/1, timeuot: 1s } }\n  bus: { kafka: { brokers: k }, redis: {} }\ndefaults:\n  namespace: x\n  sink: { retry: { attempts: many } }\nconections: {}\n",
             ),
             ("uses.yaml", "namespace: uses\nsink: { redis: { use: mian } }\n"),
             ("kind.yaml", "namespace: kind\nsource: { kafka: { use: main, topic: t } }\nsink: { stdout: {} }\n"),
