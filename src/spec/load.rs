@@ -169,7 +169,7 @@ pub fn load_text_with(
     let mut diagnostics: Vec<Diagnostic> =
         faults.into_iter().take(MOST_PROBLEMS).map(|fault| of_fault(&text, fault)).collect();
     let merged = merge::merge(text, &mut root, shared);
-    let text = merged.text;
+    let (text, without) = (merged.text, merged.unknown);
     diagnostics.extend(merged.faults.into_iter().take(MOST_PROBLEMS).map(|fault| of_fault(&text, fault)));
     let mut expansion = expand_tree(&text, &root, environment);
     diagnostics.append(&mut expansion.problems);
@@ -188,7 +188,7 @@ pub fn load_text_with(
         diagnostics,
         neighbours,
         root: Some(root),
-        pruned: checked.pruned,
+        pruned: checked.pruned.into_iter().chain(without).collect(),
     };
     for finding in checked.findings.iter().take(MOST_PROBLEMS) {
         let diagnostic = loaded.of_finding(finding);

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 
 use super::check::nearest;
 use super::code::Code;
-use super::expand::core_type;
+use super::expand::{child, core_type};
 use super::grammar::{CONNECTION_KINDS, SINK_KINDS, SOURCE_KINDS};
 use super::shared::Shared;
 use super::text::Text;
@@ -17,6 +17,8 @@ use super::tree::{Content, Entry, Fault, MOST_NODES, Node};
 pub(super) struct Merged {
     pub(super) text: Text,
     pub(super) faults: Vec<Fault>,
+    /// Where a connection is missing: what it would have given is not missed a second time.
+    pub(super) unknown: Vec<String>,
 }
 
 /// Merges what pipelines share under the tree of one.
@@ -33,7 +35,11 @@ pub(super) fn merge(text: Text, root: &mut Node, shared: Option<&Shared>) -> Mer
     }
     clear(root, &merging.cleared);
     let behind = shared.and_then(|shared| shared.relevant(&merging.used, merging.has_defaults));
-    Merged { text: behind.map_or(text.clone(), |behind| text.with_behind(behind)), faults: merging.faults }
+    Merged {
+        text: behind.map_or(text.clone(), |behind| text.with_behind(behind)),
+        faults: merging.faults,
+        unknown: merging.unknown,
+    }
 }
 
 #[derive(Default)]
@@ -47,6 +53,7 @@ struct Merging<'a> {
     cleared: HashSet<usize>,
     added: usize,
     faults: Vec<Fault>,
+    unknown: Vec<String>,
 }
 
 /// Places of which only one key can stand: what a pipeline says there replaces what the defaults say.
@@ -102,65 +109,68 @@ impl Merging<'_> {
     /// Every map whose keys may be kinds.
     fn connections(&mut self, root: &mut Node) {
         if let Some(source) = root.get_mut("source") {
-            self.kinds(source);
+            self.kinds(source, "/source");
             if let Some(shelf) = source.get_mut("shelf") {
-                self.kinds(shelf);
+                self.kinds(shelf, "/source/shelf");
             }
         }
         let mut names: Vec<(String, &'static str)> = Vec::new();
         let mut single = None;
         if let Some(sink) = root.get_mut("sink") {
-            single = self.sink(sink);
+            single = self.sink(sink, "/sink");
             if let Some(Content::List(arms)) = sink.get_mut("route").map(|arms| &mut arms.content) {
-                for arm in arms {
+                for (index, arm) in arms.iter_mut().enumerate() {
                     let name = match arm.get("name").map(|name| &name.content) {
                         Some(Content::Scalar { text, .. }) => text.clone(),
                         _ => String::new(),
                     };
-                    names.extend(self.sink(arm).map(|kind| (name, kind)));
+                    let at = child("/sink/route", &index.to_string());
+                    names.extend(self.sink(arm, &at).map(|kind| (name, kind)));
                 }
             }
             if let Some(Content::Map(arms)) = sink.get_mut("fan_out").map(|arms| &mut arms.content) {
                 for arm in arms {
-                    names.extend(self.sink(&mut arm.node).map(|kind| (arm.key.clone(), kind)));
+                    let at = child("/sink/fan_out", &arm.key);
+                    names.extend(self.sink(&mut arm.node, &at).map(|kind| (arm.key.clone(), kind)));
                 }
             }
         }
         let regions = root.get_mut("replicate").and_then(|replicate| replicate.get_mut("regions"));
         let Some(Content::Map(regions)) = regions.map(|regions| &mut regions.content) else { return };
         for region in regions {
+            let at = child("/replicate/regions", &region.key);
             if let Some(kind) = single {
-                self.take(&mut region.node, kind);
+                self.take(&mut region.node, kind, at.clone());
             }
             for (name, kind) in &names {
                 if let Some(arm) = region.node.get_mut(name) {
-                    self.take(arm, kind);
+                    self.take(arm, kind, child(&at, name));
                 }
             }
         }
     }
 
     /// A sink or arm. Gives its kind, when that can have a connection.
-    fn sink(&mut self, sink: &mut Node) -> Option<&'static str> {
+    fn sink(&mut self, sink: &mut Node, pointer: &str) -> Option<&'static str> {
         if let Some(also) = sink.get_mut("dead_letters").and_then(|letters| letters.get_mut("also")) {
-            self.kinds(also);
+            self.kinds(also, &format!("{pointer}/dead_letters/also"));
         }
-        self.kinds(sink)
+        self.kinds(sink, pointer)
     }
 
-    fn kinds(&mut self, map: &mut Node) -> Option<&'static str> {
+    fn kinds(&mut self, map: &mut Node, pointer: &str) -> Option<&'static str> {
         let mut found = None;
         for kind in CONNECTION_KINDS {
             if let Some(settings) = map.get_mut(kind) {
                 found = Some(*kind);
-                self.take(settings, kind);
+                self.take(settings, kind, child(pointer, kind));
             }
         }
         found
     }
 
     /// Puts the fields of the connection that a map names under its own.
-    fn take(&mut self, settings: &mut Node, kind: &'static str) {
+    fn take(&mut self, settings: &mut Node, kind: &'static str, pointer: String) {
         let Content::Map(entries) = &mut settings.content else { return };
         let Some(at) = entries.iter().position(|entry| entry.key == "use") else { return };
         let named = entries.remove(at);
@@ -168,6 +178,7 @@ impl Merging<'_> {
             Ok(fields) => self.under(settings, &fields),
             Err((message, help)) => {
                 let range = if named.node.range.is_empty() { named.key_range } else { named.node.range };
+                self.unknown.push(pointer);
                 self.faults.push(Fault { code: Code::Connection, range, message, help: Some(help) });
             }
         }

@@ -16,23 +16,26 @@ async fn defaults_are_read_again_and_a_broken_walflow_yaml_leaves_everything_as_
     let receiver = Receiver::start().await;
     let sink = |name: &str| format!("namespace: {name}\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url);
     let place = Place::new().pipeline("a.yaml", &sink("a")).pipeline("b.yaml", &sink("b"));
-    write_config(&place, "defaults:\n  source: { limits: { record: 100B } }\n");
+    let owner = |name: &str| format!("defaults:\n  owner: {name}\n");
+    write_config(&place, &owner("one"));
     let running = place.start().await;
-    let large = json!({"namespace": "a", "payload": {"text": "x".repeat(200)}});
-    assert_eq!(running.write(&large).await.unwrap().0, 413);
     let first = running.status("a").await;
+    assert_eq!(first["owner"], "one", "{first}");
 
-    write_config(&place, "defaults:\n  source: { limits: { record: 10KiB } }\n");
+    write_config(&place, &owner("two"));
     reload(&running, 1).await;
-    assert_eq!(running.write(&large).await.unwrap().0, 202);
-    assert_ne!(running.status("a").await["revision"], first["revision"]);
+    let second = running.status("a").await;
+    assert_eq!(second["owner"], "two", "{second}");
+    assert_ne!(second["revision"], first["revision"]);
 
-    write_config(&place, "defaults:\n  source: { limits: { recrod: 1KiB } }\n");
+    write_config(&place, "defaults:\n  owner: three\n  source: { limits: { recrod: 1KiB } }\n");
     reload(&running, 2).await;
-    assert_eq!(running.write(&large).await.unwrap().0, 202);
     for name in ["a", "b"] {
         let status = running.status(name).await;
-        assert!(status.to_string().contains("walflow.yaml") && status.to_string().contains("WF0201"), "{status}");
+        assert_eq!(status["owner"], "two");
+        let problem = status.to_string();
+        assert!(problem.contains("walflow.yaml") && problem.contains("WF0201"), "{problem}");
+        running.accepted(name, None, json!({"n": 1})).await;
     }
     until("what was written", || (receiver.count() == 2).then_some(())).await;
 }
