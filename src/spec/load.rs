@@ -134,7 +134,7 @@ pub fn load_with(paths: &[PathBuf], shared: Option<&Shared>, environment: &Envir
         let name = path.display().to_string();
         match read_text(&path) {
             Ok(text) => {
-                out.files.push(load_text_with(Text::new(&name, &text), Neighbours::beside(&path), shared, environment))
+                out.files.push(load_text_with(Text::new(&name, &text), Neighbours::beside(&path), shared, environment));
             }
             Err((code, message)) => {
                 let broken = Loaded::broken(Text::new(&name, ""), Neighbours::beside(&path));

@@ -63,7 +63,7 @@ impl Loaded {
             .into_iter()
             .filter_map(|line| Some(json!({ "pointer": line.pointer, "value": line.value?, "origin": line.origin? })))
             .collect();
-        json!({ "namespace": self.namespace.as_ref().map(|name| name.as_str()), "file": **self.text.name(), "values": values })
+        json!({ "namespace": self.namespace.as_ref().map(crate::record::Namespace::as_str), "file": **self.text.name(), "values": values })
     }
 
     /// What came from walflow.yaml, with its origin, in the order of the file.
@@ -114,11 +114,9 @@ impl<'a> Show<'a> {
             return place;
         }
         let holder = |map: Option<&Node>| match map.map(|map| &map.content) {
-            Some(Content::Map(entries)) => entries
-                .iter()
-                .filter(|entry| entry.key_range.start <= range.start)
-                .next_back()
-                .map(|entry| entry.key.clone()),
+            Some(Content::Map(entries)) => {
+                entries.iter().rfind(|entry| entry.key_range.start <= range.start).map(|entry| entry.key.clone())
+            }
             _ => None,
         };
         match holder(self.shared.as_ref()).as_deref() {

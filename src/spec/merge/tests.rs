@@ -139,9 +139,10 @@ fn what_a_pipeline_does_not_use_is_not_kept_with_it() {
 
 #[test]
 fn connections_cannot_make_a_small_file_a_large_one() {
-    let list: String = (0..3000).map(|n| format!("{n},")).collect();
+    let list = "x, ".repeat(3000);
     let shared = shared(&format!("connections: {{ big: {{ kafka: {{ brokers: [{list}] }} }} }}\n"));
-    let arms: String = (0..50).map(|n| format!("    a{n}: {{ kafka: {{ use: big }} }}\n")).collect();
+    let arms: Vec<String> = (0..50).map(|n| format!("    a{n}: {{ kafka: {{ use: big }} }}\n")).collect();
+    let arms = arms.concat();
     let file = loaded(&format!("namespace: a\nsink:\n  fan_out:\n{arms}"), &shared);
     assert!(file.diagnostics.iter().any(|found| found.code.as_str() == "WF0105"), "{:?}", shorts(&file).first());
 }
