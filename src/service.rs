@@ -42,7 +42,9 @@ use signals::{Signals, Wish};
 pub struct Settings {
     /// Pipeline files, and folders of them.
     pub paths: Vec<PathBuf>,
-    /// The shards whose namespaces are run; empty = all.
+    /// walflow.yaml, where it was named; else it is looked for at each reading.
+    pub config: Option<PathBuf>,
+    /// The shards whose namespaces run here; none = all.
     pub shards: Vec<String>,
     /// Where to listen.
     pub listen: SocketAddr,
@@ -150,7 +152,7 @@ pub async fn run(settings: Settings) -> Result<(), ServiceError> {
     }
     let mut signals =
         Signals::new().map_err(|cause| ServiceError::System { act: "listen for signals".into(), cause })?;
-    let files = Files::new(settings.paths.clone(), settings.shards.clone());
+    let files = Files::new(settings.paths.clone(), settings.config.clone(), settings.shards.clone());
     let reading = files.read();
     reading.report();
     if settings.strict && reading.has_errors() {

@@ -5,6 +5,7 @@
 
 mod branch;
 mod client;
+mod config;
 mod dead_letters;
 mod explain;
 mod log;
@@ -47,6 +48,9 @@ enum Verb {
     /// Delete a namespace with all that it holds
     #[command(subcommand)]
     Namespace(namespace::NamespaceVerb),
+    /// Show what is in force, and where each value came from
+    #[command(subcommand)]
+    Config(config::ConfigVerb),
     /// Look at a data folder on which nothing runs: verify, dump, repair
     #[command(subcommand)]
     Log(log::LogVerb),
@@ -134,6 +138,7 @@ fn carry_out(verb: Verb) -> Result<(), Stop> {
         Verb::DeadLetters(verb) => client::block_on(dead_letters::dead_letters(verb)),
         Verb::Branch(verb) => client::block_on(branch::branch(verb)),
         Verb::Namespace(verb) => client::block_on(namespace::namespace(verb)),
+        Verb::Config(verb) => config::config(&verb),
         Verb::Log(verb) => verb.run(),
         Verb::Schema(args) => schema::schema(&args),
         Verb::Explain(args) => explain::explain(&args),

@@ -12,6 +12,7 @@ use crate::pipeline::plan::Plan;
 use crate::service::probe::Probe;
 use crate::service::{self, ServiceError, Settings};
 use crate::spec::environment::Environment;
+use crate::spec::shared::{self, Shared};
 use crate::units::Span;
 
 /// Settings of one instance.
@@ -20,9 +21,12 @@ pub(super) struct RunArgs {
     /// Pipeline files, and folders of them
     #[arg(env = "WALFLOW_PATHS", default_value = "pipelines/", value_delimiter = ',')]
     paths: Vec<PathBuf>,
-    /// Run only the namespaces of these shards (`shard:` in their files); without it all
-    #[arg(long = "shard", env = "WALFLOW_SHARD", value_delimiter = ',', value_name = "NAME")]
-    shards: Vec<String>,
+    /// The file with shared connections and defaults. Default: ./walflow.yaml, else /etc/walflow/walflow.yaml, where there is one
+    #[arg(long, env = "WALFLOW_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Run only the namespaces of these shards, comma-separated or repeated. Default: all
+    #[arg(long, env = "WALFLOW_SHARD", value_delimiter = ',', value_name = "NAME")]
+    shard: Vec<String>,
     /// Where to listen; without API keys only on loopback
     #[arg(long, env = "WALFLOW_LISTEN", default_value = "127.0.0.1:3000", value_name = "ADDRESS")]
     listen: SocketAddr,
@@ -69,7 +73,8 @@ pub(super) fn run(args: RunArgs) -> Result<(), Stop> {
     }
     let settings = Settings {
         paths: args.paths,
-        shards: args.shards.into_iter().filter(|shard| !shard.is_empty()).collect(),
+        config: args.config,
+        shards: args.shard.into_iter().filter(|shard| !shard.is_empty()).collect(),
         listen,
         data: args.data,
         strict: args.strict,
@@ -87,7 +92,9 @@ pub(super) fn run(args: RunArgs) -> Result<(), Stop> {
 fn dry_run(args: &RunArgs) -> Result<(), Stop> {
     let variables =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    let found = pipeline::dry_run(&args.paths, &Environment::new(variables));
+    let environment = Environment::new(variables);
+    let shared = shared::find(args.config.as_deref()).map(|path| Shared::read(&path, &environment));
+    let found = pipeline::dry_run_with(&args.paths, shared.as_ref(), &environment);
     let probes = if args.probe { probe(&found.plans)? } else { Vec::new() };
     match args.output {
         Output::Json => {

@@ -16,6 +16,8 @@ enum Which {
     /// The JSON Schema of pipeline files
     #[default]
     Pipeline,
+    /// The JSON Schema of walflow.yaml
+    Config,
     /// The OpenAPI 3.1 description of the HTTP interface
     Openapi,
 }
@@ -23,6 +25,7 @@ enum Which {
 pub(super) fn schema(args: &SchemaArgs) -> Result<(), Stop> {
     let text = match args.which {
         Which::Pipeline => crate::spec::json_schema(),
+        Which::Config => crate::spec::shared_schema(),
         Which::Openapi => crate::console::openapi(),
     };
     Ok(output::data(text.trim_end())?)

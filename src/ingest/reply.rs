@@ -89,6 +89,14 @@ impl Problem {
         Self::not_found("no_namespace", detail)
     }
 
+    /// 404: the namespace runs on other instances.
+    pub fn other_shard(namespace: &crate::record::Namespace, shard: &str) -> Self {
+        let detail = format!(
+            "`{namespace}` does not run on this instance: the shard `{shard}` has it; write to an instance of that shard"
+        );
+        Self::not_found("other_shard", detail)
+    }
+
     /// 503, with the time after which to try again.
     pub fn unavailable(code: &'static str, detail: impl Into<String>, after: Duration) -> Self {
         Self { retry_after: Some(after), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, code, detail) }

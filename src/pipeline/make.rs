@@ -102,6 +102,10 @@ fn environment_digest(loaded: &Loaded, spec: &PipelineSpec, environment: &Enviro
     let mut digest = Sha256::new();
     // The file's own text goes first, so that equal values in two namespaces have digests of their own.
     absorb(&mut digest, loaded.text.as_str());
+    if let Some(shared) = loaded.text.behind() {
+        // Where it stands in walflow.yaml does not matter.
+        shared.as_str().split_whitespace().for_each(|word| absorb(&mut digest, word));
+    }
     for (name, value) in used {
         absorb(&mut digest, name);
         absorb(&mut digest, if value.is_some() { "set" } else { "unset" });
@@ -591,5 +595,28 @@ sink: { fan_out: { a: { file: { path: x } } } }
         let (edited, _) = planned(beside());
         assert!(edited.source.schema.as_ref().unwrap().check(br#"{"zip":5}"#).is_ok());
         assert_ne!(edited.revision, plan.revision);
+    }
+
+    #[test]
+    fn an_epoch_keeps_what_came_from_walflow_yaml_and_a_change_there_is_a_revision() {
+        use crate::spec::load_text_with;
+        use crate::spec::shared::Shared;
+        let environment = Environment::default();
+        let compiler = Compiler::new(crate::clock::Clock::system(), environment.variables());
+        let plan = |config: &str| {
+            let shared = Shared::of_text(Text::new("walflow.yaml", config), &environment);
+            let text = Text::new("a.yaml", "namespace: a\nsink: { http: { url: \"http://h/{key}\" } }\n");
+            let loaded = load_text_with(text, neighbours(), Some(&shared), &environment);
+            let made = make(&loaded, &environment, &compiler);
+            made.plan.unwrap_or_else(|| panic!("{:?}", made.diagnostics))
+        };
+        let config = "connections:\n  main: { redis: { url: redis://r/1 } }\ndefaults: { sink: { limits: { concurrency: 3 } } }\n";
+        let first = plan(config);
+        let again = epoch::from_epoch(&first.files, &environment, &compiler).unwrap().plan.unwrap();
+        assert_eq!((&again.revision, &again.files), (&first.revision, &first.files));
+        assert_eq!(format!("{:?}", again.branches), format!("{:?}", first.branches));
+        assert_eq!(plan(&config.replace("redis://r/1", "redis://r/2")).revision, first.revision, "it is not used");
+        assert_ne!(plan(&config.replace("concurrency: 3", "concurrency: 4")).revision, first.revision);
+        assert!(!String::from_utf8_lossy(&first.files).contains("redis://"));
     }
 }

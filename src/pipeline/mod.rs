@@ -10,7 +10,7 @@ mod print;
 mod report;
 pub mod revisions;
 
-pub use dry_run::{DryRun, dry_run};
+pub use dry_run::{DryRun, dry_run, dry_run_with};
 pub use epoch::{EpochError, from_epoch};
 pub use make::{Made, make};
 pub use report::{BranchReport, Fact, Figures, Report};

@@ -31,6 +31,7 @@ pub(super) fn plan(report: &Report) -> String {
     if !report.retired.is_empty() {
         let _ = writeln!(out, "\n  retired: {} (what is left there is dropped, counted)", report.retired.join(", "));
     }
+    list(&mut out, "from walflow.yaml", &report.inherited);
     if report.tests > 0 {
         let _ = writeln!(out, "\n  {}", count(report.tests, "test case", "test cases"));
     }

@@ -51,6 +51,8 @@ pub struct Report {
     pub branches: Vec<BranchReport>,
     /// Branches that are ended at once.
     pub retired: Vec<String>,
+    /// What came from walflow.yaml, each value with its origin.
+    pub inherited: Vec<String>,
     /// How many cases `walflow test` has.
     pub tests: usize,
 }
@@ -170,6 +172,7 @@ pub(super) fn report(loaded: &Loaded, plan: &Plan) -> Report {
         routing: routing(plan),
         branches: plan.branches.iter().map(|branch| Describe { loaded, plan, branch }.report()).collect(),
         retired: plan.retired.iter().map(ToString::to_string).collect(),
+        inherited: loaded.inherited(),
         tests: plan.tests.len(),
     }
 }

@@ -17,14 +17,17 @@ use crate::record::Namespace;
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
+use crate::spec::shared::{self, Shared};
 use crate::spec::text::Text;
-use crate::spec::{Loaded, Neighbours, load, load_text};
+use crate::spec::{Loaded, Neighbours, load_text_with, load_with};
 use crate::transform::Compiler;
 
 /// Where the files are and what they may refer to.
 pub(super) struct Files {
     paths: Vec<PathBuf>,
-    /// The shards whose namespaces are run here; empty = all.
+    /// walflow.yaml, where it was named.
+    config: Option<PathBuf>,
+    /// The shards that run here; none = all.
     shards: Vec<String>,
     environment: Environment,
     compiler: Compiler,
@@ -36,8 +39,8 @@ pub(super) struct Files {
 pub(super) struct Reading {
     /// By namespace; none twice.
     pub found: Vec<Found>,
-    /// Namespaces of other shards, which other instances run, and the shard of each.
-    pub elsewhere: BTreeMap<Namespace, String>,
+    /// Namespaces that do not run here, with the shard that has each.
+    pub elsewhere: BTreeMap<Namespace, Arc<str>>,
     /// Everything that was said about the files, warnings too.
     pub problems: Vec<Diagnostic>,
     /// The problem of a file of which nobody can say whose it is.
@@ -57,17 +60,20 @@ pub(super) struct Found {
 
 impl Files {
     /// Files under these paths; references are resolved in the process's own environment.
-    pub(super) fn new(paths: Vec<PathBuf>, shards: Vec<String>) -> Self {
+    pub(super) fn new(paths: Vec<PathBuf>, config: Option<PathBuf>, shards: Vec<String>) -> Self {
         let variables: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
         let compiler = Compiler::new(Clock::system(), variables.clone());
-        Self { paths, shards, environment: Environment::new(variables), compiler, names: Mutex::default() }
+        Self { paths, config, shards, environment: Environment::new(variables), compiler, names: Mutex::default() }
     }
 
     /// Reads everything again.
     pub(super) fn read(&self) -> Reading {
-        let load = load(&self.paths, &self.environment);
+        let shared = self.shared();
+        let load = load_with(&self.paths, shared.as_ref(), &self.environment);
+        // What a pipeline takes from a broken walflow.yaml is not known: each stays as it was.
+        let broken = shared.as_ref().and_then(Shared::error).cloned().map(Arc::new);
         let no_files = load.files.is_empty();
         let mut reading = Reading { problems: load.diagnostics, no_files, ..Reading::default() };
         let mut by_name: BTreeMap<Namespace, Result<Arc<Plan>, Arc<Diagnostic>>> = BTreeMap::new();
@@ -80,8 +86,12 @@ impl Files {
                     Err(Arc::new(Diagnostic::of_file(Code::Refused, loaded.text.name(), "it gives no plan")))
                 }
             };
+            let plan = broken.clone().map_or(plan, Err);
             reading.problems.extend(made.diagnostics);
             match (self.name_of(loaded), plan) {
+                (Some(name), _) if let Some(shard) = self.other_shard(loaded) => {
+                    reading.elsewhere.insert(name, shard);
+                }
                 // Of two files for one namespace neither counts, so a fault is kept.
                 (Some(name), plan) => {
                     let earlier = by_name.remove(&name);
@@ -101,16 +111,19 @@ impl Files {
                 .find(|problem| problem.namespace.is_none() && problem.is_error() && problem.code != Code::NoFiles)
                 .map(|problem| Arc::new(problem.clone()));
         }
-        let here = |plan: &Plan| self.shards.is_empty() || self.shards.contains(&plan.shard);
-        by_name.retain(|name, plan| match plan {
-            Ok(plan) if !here(plan) => {
-                reading.elsewhere.insert(name.clone(), plan.shard.clone());
-                false
-            }
-            _ => true,
-        });
         reading.found = by_name.into_iter().map(|(namespace, plan)| Found { namespace, plan }).collect();
         reading
+    }
+
+    /// The shard of a file that does not run here; a file that does not say it in a way that can be read is everybody's.
+    fn other_shard(&self, loaded: &Loaded) -> Option<Arc<str>> {
+        let said = loaded.value.as_object()?.get("shard").and_then(serde_json::Value::as_str).unwrap_or("default");
+        let here = self.shards.is_empty() || self.shards.iter().any(|shard| shard == said);
+        (!here).then(|| said.into())
+    }
+
+    fn shared(&self) -> Option<Shared> {
+        shared::find(self.config.as_deref()).map(|path| Shared::read(&path, &self.environment))
     }
 
     /// The file that held a namespace when the files were last read.
@@ -121,7 +134,7 @@ impl Files {
     /// The plan that another text in the place of a file would make, or everything that is wrong with it.
     pub(super) fn plan_instead(&self, path: &Path, text: &str) -> Result<Arc<Plan>, String> {
         let named = Text::new(&path.display().to_string(), text);
-        let loaded = load_text(named, Neighbours::beside(path), &self.environment);
+        let loaded = load_text_with(named, Neighbours::beside(path), self.shared().as_ref(), &self.environment);
         let made = make(&loaded, &self.environment, &self.compiler);
         let problems: Vec<String> =
             made.diagnostics.iter().filter(|problem| problem.is_error()).map(|problem| problem.render(false)).collect();
@@ -168,10 +181,6 @@ impl Reading {
 
     /// Tells every problem to the log.
     pub(super) fn report(&self) {
-        if !self.elsewhere.is_empty() {
-            let shards: std::collections::BTreeSet<&str> = self.elsewhere.values().map(String::as_str).collect();
-            info!(namespaces = self.elsewhere.len(), ?shards, "other instances run the namespaces of these shards");
-        }
         for problem in &self.problems {
             let (code, file, line) = (problem.code.as_str(), &*problem.file, problem.line);
             let help = problem.help.as_deref();

@@ -47,10 +47,7 @@ impl Directory for Front {
         }
         let name: Namespace = namespace.parse().map_err(|_| Problem::no_namespace(namespace))?;
         if let Some(shard) = self.pipelines.elsewhere(&name) {
-            let detail = format!(
-                "`{namespace}` belongs to shard `{shard}`, which this walflow does not run (--shard): write to one that does"
-            );
-            return Err(Problem::not_found("other_shard", detail).failed());
+            return Err(Problem::other_shard(&name, &shard));
         }
         match self.pipelines.get(&name) {
             Some(pipeline) if matches!(pipeline.config(), Config::Deleted) => Err(Problem::no_namespace(namespace)),

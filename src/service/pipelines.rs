@@ -61,8 +61,8 @@ pub(super) struct Pipelines {
     running: CancellationToken,
     set: RwLock<BTreeMap<Namespace, Arc<Pipeline>>>,
     absent: RwLock<BTreeMap<Namespace, Absent>>,
-    /// Namespaces that other instances run, and their shard.
-    elsewhere: RwLock<BTreeMap<Namespace, String>>,
+    /// Namespaces of other shards, with their shard.
+    elsewhere: RwLock<BTreeMap<Namespace, Arc<str>>>,
     /// When the files were last read and made so.
     applied_at: RwLock<Timestamp>,
     ready: AtomicBool,
@@ -94,10 +94,21 @@ impl Pipelines {
         let _applying = self.applying.lock().await;
         let mut names: BTreeSet<Namespace> = reading.found.iter().map(|found| found.namespace.clone()).collect();
         let nameless = reading.nameless;
-        *self.elsewhere.write() = reading.elsewhere;
+        if !reading.elsewhere.is_empty() {
+            let shards: BTreeSet<&str> = reading.elsewhere.values().map(|shard| &**shard).collect();
+            let shards = shards.into_iter().collect::<Vec<_>>().join(", ");
+            info!(skipped = reading.elsewhere.len(), shards, "namespaces of other shards do not run here");
+        }
         let mut work: Vec<(Namespace, Option<Found>)> =
             reading.found.into_iter().map(|found| (found.namespace.clone(), Some(found))).collect();
         let known = self.set.read().keys().cloned().chain(self.logs.names()).collect::<BTreeSet<_>>();
+        // What this data folder still holds of a namespace that another shard has now is drained, like that of a deleted file.
+        for name in known.iter().filter(|name| reading.elsewhere.contains_key(*name)) {
+            if names.insert(name.clone()) {
+                work.push((name.clone(), None));
+            }
+        }
+        *self.elsewhere.write() = reading.elsewhere;
         for name in known.into_iter().filter(|name| names.insert(name.clone())) {
             // A file of which nobody can say whose it is may be this one's: then it is broken, not gone.
             let found =
@@ -257,8 +268,8 @@ impl Pipelines {
         self.absent.read().get(name).cloned()
     }
 
-    /// The shard of a namespace that other instances run.
-    pub(super) fn elsewhere(&self, name: &Namespace) -> Option<String> {
+    /// The shard that has a namespace which does not run here.
+    pub(super) fn elsewhere(&self, name: &Namespace) -> Option<Arc<str>> {
         self.elsewhere.read().get(name).cloned()
     }
 

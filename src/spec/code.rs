@@ -106,6 +106,8 @@ codes! {
         "A JSON pointer is empty or begins with '/': `/user/id`. In a name '~' is written ~0 and '/' is written ~1."
     NoEffect "WF0413" "a setting has no effect."
         "The setting is understood, but something else in the file keeps it from mattering."
+    Connection "WF0420" "a connection cannot be used."
+        "`use: NAME` takes the fields of a connection under `connections:` in walflow.yaml, which is of the same kind as the map that it stands in. walflow.yaml is found by --config or WALFLOW_CONFIG, else in the working folder, else in /etc/walflow."
     ScriptError "WF0501" "a script or expression does not compile."
         "The place is the line of the script in the YAML file or in the script's own file. Expressions are Rhai; only the documented functions exist."
     ScriptFile "WF0502" "a script file cannot be read."

@@ -94,8 +94,9 @@ impl Diagnostic {
 
     /// A problem at a place of a file.
     pub fn at(code: Code, text: &Text, range: &Range<usize>, message: impl Into<String>) -> Self {
+        let (text, range) = text.part(range.clone());
         let (line, column) = (text.line_of(range.start), text.column_of(range.start));
-        let on_line = text.slice(range.clone()).lines().next().unwrap_or_default().trim_end().chars().count();
+        let on_line = text.slice(range).lines().next().unwrap_or_default().trim_end().chars().count();
         Self {
             line,
             column,

@@ -14,6 +14,8 @@ pub const SINK_KINDS: &[&str] = &["stdout", "file", "http", "redis", "postgres",
 pub const SOURCE_KINDS: &[&str] = &["embedded", "memory", "kafka", "redis", "sqs"];
 /// The words that say what a stage is.
 pub const STAGE_KINDS: &[&str] = &["filter", "script", "inline"];
+/// The words that say what a connection is.
+pub const CONNECTION_KINDS: &[&str] = &["redis", "kafka", "sqs", "postgres"];
 /// Words that are kept for kinds of a later version.
 pub const LATER_KINDS: &[&str] = &[];
 

@@ -20,6 +20,8 @@ use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::environment::Environment;
 use super::expand::{Expansion, child, expand_tree};
+use super::merge;
+use super::shared::Shared;
 use super::text::Text;
 use super::tree::{self, Content, Node};
 use super::{PipelineSpec, rules};
@@ -119,11 +121,21 @@ pub struct Load {
 
 /// Reads pipeline files. A path is a file, or a folder whose `*.yaml` and `*.yml` are taken, sorted by name.
 pub fn load(paths: &[PathBuf], environment: &Environment) -> Load {
-    let mut out = Load::default();
-    for path in discover(paths, &mut out.diagnostics) {
+    load_with(paths, None, environment)
+}
+
+/// The same, with what pipelines share: its own problems are among those of no file.
+pub fn load_with(paths: &[PathBuf], shared: Option<&Shared>, environment: &Environment) -> Load {
+    let mut out =
+        Load { diagnostics: shared.map(|shared| shared.diagnostics.clone()).unwrap_or_default(), ..Load::default() };
+    let mut files = discover(paths, &mut out.diagnostics);
+    files.retain(|file| !shared.is_some_and(|shared| shared.is_at(file)));
+    for path in files {
         let name = path.display().to_string();
         match read_text(&path) {
-            Ok(text) => out.files.push(load_text(Text::new(&name, &text), Neighbours::beside(&path), environment)),
+            Ok(text) => {
+                out.files.push(load_text_with(Text::new(&name, &text), Neighbours::beside(&path), shared, environment));
+            }
             Err((code, message)) => {
                 let broken = Loaded::broken(Text::new(&name, ""), Neighbours::beside(&path));
                 let diagnostic = Diagnostic::of_file(code, &name, message);
@@ -137,7 +149,17 @@ pub fn load(paths: &[PathBuf], environment: &Environment) -> Load {
 
 /// Reads one file's text.
 pub fn load_text(text: Text, neighbours: Neighbours, environment: &Environment) -> Loaded {
-    let (root, faults) = match tree::read(&text) {
+    load_text_with(text, neighbours, None, environment)
+}
+
+/// Reads one file's text, with what pipelines share merged under it.
+pub fn load_text_with(
+    text: Text,
+    neighbours: Neighbours,
+    shared: Option<&Shared>,
+    environment: &Environment,
+) -> Loaded {
+    let (mut root, faults) = match tree::read(&text) {
         Ok(read) => read,
         Err(fault) => {
             let diagnostics = vec![of_fault(&text, fault)];
@@ -146,6 +168,9 @@ pub fn load_text(text: Text, neighbours: Neighbours, environment: &Environment) 
     };
     let mut diagnostics: Vec<Diagnostic> =
         faults.into_iter().take(MOST_PROBLEMS).map(|fault| of_fault(&text, fault)).collect();
+    let merged = merge::merge(text, &mut root, shared);
+    let (text, without) = (merged.text, merged.unknown);
+    diagnostics.extend(merged.faults.into_iter().take(MOST_PROBLEMS).map(|fault| of_fault(&text, fault)));
     let mut expansion = expand_tree(&text, &root, environment);
     diagnostics.append(&mut expansion.problems);
     let unknown: Vec<String> =
@@ -163,7 +188,7 @@ pub fn load_text(text: Text, neighbours: Neighbours, environment: &Environment) 
         diagnostics,
         neighbours,
         root: Some(root),
-        pruned: checked.pruned,
+        pruned: checked.pruned.into_iter().chain(without).collect(),
     };
     for finding in checked.findings.iter().take(MOST_PROBLEMS) {
         let diagnostic = loaded.of_finding(finding);
@@ -211,7 +236,7 @@ fn fill_kinds(sink: &mut Value) {
     }
 }
 
-fn of_fault(text: &Text, fault: tree::Fault) -> Diagnostic {
+pub(super) fn of_fault(text: &Text, fault: tree::Fault) -> Diagnostic {
     let diagnostic = Diagnostic::at(fault.code, text, &fault.range, fault.message);
     match fault.help {
         Some(help) => diagnostic.help(help),
@@ -220,7 +245,7 @@ fn of_fault(text: &Text, fault: tree::Fault) -> Diagnostic {
 }
 
 impl Loaded {
-    fn broken(text: Text, neighbours: Neighbours) -> Self {
+    pub(super) fn broken(text: Text, neighbours: Neighbours) -> Self {
         Self {
             text,
             namespace: None,
@@ -260,7 +285,7 @@ impl Loaded {
         Diagnostic::at(code, &self.text, &range, message).pointer(pointer)
     }
 
-    fn of_finding(&self, finding: &Finding) -> Diagnostic {
+    pub(super) fn of_finding(&self, finding: &Finding) -> Diagnostic {
         let written = self.expansion.written.get(&finding.pointer);
         let mut diagnostic = self.diagnostic(finding.code, &finding.pointer, finding.at_key, finding.message.clone());
         diagnostic.help.clone_from(&finding.help);
@@ -280,7 +305,9 @@ impl Loaded {
         message: impl Into<String>,
     ) -> Diagnostic {
         let at = self.offset_within(pointer, line, column);
-        let end = self.text.slice(at..self.text.as_str().len()).chars().next().map_or(at, |c| at + c.len_utf8());
+        let (text, within) = self.text.part(at..at);
+        let next = text.slice(within.start..text.as_str().len()).chars().next();
+        let end = next.map_or(at, |c| at + c.len_utf8());
         Diagnostic::at(code, &self.text, &(at..end), message).pointer(pointer)
     }
 

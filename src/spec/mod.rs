@@ -10,14 +10,17 @@ pub mod environment;
 pub mod expand;
 pub mod grammar;
 mod load;
+mod merge;
 mod publish;
 mod rules;
+pub mod shared;
+mod show;
 pub mod sink;
 pub mod text;
 pub mod tree;
 
-pub use load::{LARGEST_FILE, Load, Loaded, Neighbours, load, load_text};
-pub use publish::{defaults_table, json_schema};
+pub use load::{LARGEST_FILE, Load, Loaded, Neighbours, load, load_text, load_text_with, load_with};
+pub use publish::{defaults_table, json_schema, shared_schema};
 
 use std::fmt;
 

@@ -6,15 +6,14 @@ use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
-use super::grammar::{self, SINK_KINDS, STAGE_KINDS};
+use super::grammar::{self, CONNECTION_KINDS, SINK_KINDS, STAGE_KINDS};
 
 /// A reference to the environment, which may stand wherever a value does.
 const REFERENCE: &str = "\\$\\{.+\\}";
 
 /// The JSON Schema of a pipeline file, draft 2020-12, as text.
 pub fn json_schema() -> String {
-    let mut schema = grammar::schema().clone();
-    soften(&mut schema);
+    let mut schema = softened();
     one_of(&mut schema, "SinkSpec", &[SINK_KINDS, &["route", "fan_out"]].concat());
     one_of(&mut schema, "ArmSpec", SINK_KINDS);
     one_of(&mut schema, "StageSpec", STAGE_KINDS);
@@ -30,6 +29,88 @@ pub fn json_schema() -> String {
     let mut text = serde_json::to_string_pretty(&schema).unwrap_or_default();
     text.push('\n');
     text
+}
+
+/// The JSON Schema of walflow.yaml, draft 2020-12, as text.
+pub fn shared_schema() -> String {
+    let mut schema = softened();
+    let kinds: Map<String, Value> = CONNECTION_KINDS
+        .iter()
+        .map(|kind| {
+            let places: Vec<Value> =
+                connection_types(kind).map(|name| json!({ "$ref": format!("#/$defs/{name}") })).collect();
+            let fields = if places.is_empty() { json!({ "type": "object" }) } else { json!({ "anyOf": places }) };
+            ((*kind).to_owned(), fields)
+        })
+        .collect();
+    let mut defaults = schema.clone();
+    let mut parts = Value::Null;
+    if let Some(map) = defaults.as_object_mut() {
+        parts = map.shift_remove("$defs").unwrap_or_default();
+        for key in ["$schema", "title", "required", "description"] {
+            map.shift_remove(key);
+        }
+        if let Some(properties) = map.get_mut("properties").and_then(Value::as_object_mut) {
+            properties.retain(|key, _| !["namespace", "retired", "tests"].contains(&key.as_str()));
+        }
+        map.insert("description".to_owned(), json!("What every pipeline has that does not say it itself, key by key."));
+    }
+    // Of what is shared, each pipeline may give the rest.
+    for part in parts.as_object_mut().into_iter().flat_map(|parts| parts.values_mut()) {
+        if let Some(map) = part.as_object_mut() {
+            map.shift_remove("required");
+        }
+    }
+    schema = json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "walflow.yaml",
+        "description": "What the pipelines of an instance share.",
+        "type": "object",
+        "properties": {
+            "connections": {
+                "description": "Connections by name; a pipeline takes one with `use: NAME` in a map of its kind.",
+                "type": "object",
+                "additionalProperties": {
+                    "type": "object",
+                    "properties": kinds,
+                    "additionalProperties": false,
+                    "minProperties": 1,
+                    "maxProperties": 1
+                }
+            },
+            "defaults": defaults
+        },
+        "additionalProperties": false,
+        "$defs": parts
+    });
+    let mut text = serde_json::to_string_pretty(&schema).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+/// The types of what may have a connection of a kind.
+fn connection_types(kind: &str) -> impl Iterator<Item = &'static str> {
+    ["SinkSpec", "SourceSpec", "ShelfSpec"].into_iter().filter_map(move |holder| {
+        let found = grammar::properties(grammar::definition(holder)).find(|(name, _)| *name == kind);
+        found.and_then(|(_, schema)| grammar::type_name(schema))
+    })
+}
+
+/// The grammar for editors, in which a map of a kind may name a connection.
+fn softened() -> Value {
+    let mut schema = grammar::schema().clone();
+    soften(&mut schema);
+    for name in CONNECTION_KINDS.iter().flat_map(|kind| connection_types(kind)) {
+        if let Some(Value::Object(definition)) = schema.get_mut("$defs").and_then(|all| all.get_mut(name)) {
+            // What it needs may be the connection's to give.
+            definition.shift_remove("required");
+            if let Some(properties) = definition.get_mut("properties").and_then(Value::as_object_mut) {
+                let says = "The connection in walflow.yaml whose fields are taken; those that stand here win.";
+                properties.insert("use".to_owned(), json!({ "type": "string", "description": says }));
+            }
+        }
+    }
+    schema
 }
 
 /// Says that exactly one of the keys stands in the map.
@@ -161,6 +242,19 @@ mod tests {
     #[test]
     fn the_schema_that_is_checked_in_is_that_of_the_types() {
         checked_in("schemas/pipeline.schema.json", &json_schema());
+    }
+
+    #[test]
+    fn the_schema_of_walflow_yaml_that_is_checked_in_is_that_of_the_types() {
+        checked_in("schemas/walflow.schema.json", &shared_schema());
+        let schema: Value = serde_json::from_str(&shared_schema()).unwrap();
+        let validator = jsonschema::draft202012::new(&schema).unwrap();
+        let fits = |value: Value| validator.is_valid(&value);
+        assert!(fits(json!({ "connections": { "main": { "redis": { "url": "redis://r/1" } } } })));
+        assert!(fits(json!({ "defaults": { "sink": { "retry": { "attempts": 3 } } } })));
+        assert!(!fits(json!({ "defaults": { "namespace": "x" } })));
+        assert!(!fits(json!({ "connections": { "main": { "redis": {}, "kafka": {} } } })));
+        assert!(!fits(json!({ "conections": {} })));
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub struct Text {
     starts: Arc<[usize]>,
     /// The byte of each character; empty when all are one byte.
     characters: Arc<[u32]>,
+    behind: Option<Arc<Text>>,
 }
 
 impl Text {
@@ -30,7 +31,35 @@ impl Text {
         } else {
             text.char_indices().map(|(at, _)| u32::try_from(at).unwrap_or(u32::MAX)).collect()
         };
-        Self { name: name.into(), content: text.into(), starts: starts.collect(), characters }
+        Self { name: name.into(), content: text.into(), starts: starts.collect(), characters, behind: None }
+    }
+
+    /// The same with another text behind it: a byte range from [`Self::beyond`] on means that one.
+    #[must_use]
+    pub fn with_behind(mut self, other: Self) -> Self {
+        self.behind = Some(Arc::new(other));
+        self
+    }
+
+    /// The text behind this one.
+    pub fn behind(&self) -> Option<&Self> {
+        self.behind.as_deref()
+    }
+
+    /// Where the text behind this one begins.
+    pub fn beyond(&self) -> usize {
+        self.content.len() + 1
+    }
+
+    /// The text that a range means, and the range in it.
+    pub fn part(&self, range: Range<usize>) -> (&Self, Range<usize>) {
+        match &self.behind {
+            Some(other) if range.start >= self.beyond() => {
+                let base = self.beyond();
+                (other, range.start - base..range.end.saturating_sub(base))
+            }
+            _ => (self, range),
+        }
     }
 
     /// The name that a user knows it by.
@@ -45,7 +74,8 @@ impl Text {
 
     /// The bytes of a range; empty when it is none.
     pub fn slice(&self, range: Range<usize>) -> &str {
-        self.content.get(range).unwrap_or_default()
+        let (text, range) = self.part(range);
+        text.content.get(range).unwrap_or_default()
     }
 
     /// The byte at a place.

@@ -12,7 +12,7 @@ use super::code::Code;
 use super::text::Text;
 
 /// Nodes in one file at most, those that aliases repeat included.
-const MOST_NODES: usize = 20_000;
+pub(super) const MOST_NODES: usize = 20_000;
 /// Levels in one file at most.
 const DEEPEST: usize = 32;
 
@@ -100,7 +100,32 @@ impl Node {
         (node, holder, true)
     }
 
-    fn weight(&self) -> usize {
+    /// Moves it and all within it on by so many bytes.
+    pub(super) fn shift(&mut self, by: usize) {
+        let moved = |range: &Range<usize>| range.start + by..range.end + by;
+        self.range = moved(&self.range);
+        match &mut self.content {
+            Content::Scalar { .. } => {}
+            Content::List(items) => items.iter_mut().for_each(|item| item.shift(by)),
+            Content::Map(entries) => {
+                for entry in entries {
+                    entry.key_range = moved(&entry.key_range);
+                    entry.node.shift(by);
+                }
+            }
+        }
+    }
+
+    /// The value of a map by its key, to be changed.
+    pub(super) fn get_mut(&mut self, key: &str) -> Option<&mut Self> {
+        match &mut self.content {
+            Content::Map(entries) => entries.iter_mut().find(|entry| entry.key == key).map(|entry| &mut entry.node),
+            _ => None,
+        }
+    }
+
+    /// How many values it holds, itself among them.
+    pub(super) fn weight(&self) -> usize {
         1 + match &self.content {
             Content::Scalar { .. } => 0,
             Content::List(items) => items.iter().map(Self::weight).sum(),

@@ -13,6 +13,7 @@
 
 mod backends;
 mod command;
+mod config;
 mod crash;
 mod dead_letters;
 mod epochs;

@@ -278,33 +278,3 @@ async fn what_came_under_any_former_name_goes_on_after_several_renames_and_a_res
     numbers.sort_unstable();
     assert_eq!(numbers, (0..10).chain(11..16).collect::<Vec<_>>());
 }
-
-#[tokio::test]
-async fn an_instance_runs_the_namespaces_of_its_shards_and_says_whose_the_others_are() {
-    let file =
-        |name: &str, shard: &str| format!("namespace: {name}\n{shard}sink: {{ file: {{ path: {name}.ndjson }} }}\n");
-    let place = Place::new()
-        .pipeline("a.yaml", &file("mine", "shard: eu\n"))
-        .pipeline("b.yaml", &file("theirs", "shard: us\n"))
-        .pipeline("c.yaml", &file("common", ""))
-        .arg("--shard")
-        .arg("eu,other");
-    let running = place.start().await;
-    running.accepted("mine", None, json!({"n": 1})).await;
-    for (name, shard) in [("theirs", "us"), ("common", "default")] {
-        let (status, answer) = running.write(&json!({"namespace": name, "payload": {}})).await.unwrap();
-        assert_eq!(
-            (status.as_u16(), answer["code"].as_str(), answer["durable"].as_str()),
-            (404, Some("other_shard"), Some("failed"))
-        );
-        assert!(answer["detail"].as_str().unwrap().contains(&format!("shard `{shard}`")), "{answer}");
-    }
-    let (_, all) = running.get("/api/v1/wal/namespaces").await;
-    assert!(!all.to_string().contains("theirs"), "{all}");
-    assert!(running.log().contains("other instances run the namespaces of these shards"));
-    // It moves to a shard of this instance's, and back.
-    place.put("b.yaml", &file("theirs", "shard: other\n"));
-    running.signal(rustix::process::Signal::HUP);
-    until("it is run here", || running.log().contains("read the pipeline files again").then_some(())).await;
-    running.accepted("theirs", None, json!({"n": 2})).await;
-}

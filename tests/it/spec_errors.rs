@@ -9,9 +9,10 @@ use std::fs;
 use std::path::Path;
 
 use proptest::prelude::*;
-use walflow::pipeline::{DryRun, dry_run};
+use walflow::pipeline::{DryRun, dry_run, dry_run_with};
 use walflow::spec::code::Code;
 use walflow::spec::environment::Environment;
+use walflow::spec::shared::Shared;
 
 /// Title, environment, and files by name.
 type Case = (&'static str, &'static [(&'static str, &'static str)], &'static [(&'static str, &'static str)]);
@@ -239,6 +240,19 @@ sink:
             ("broken.rhai", "// fine\nlet a = 1;\nlet b = a +;\n"),
         ],
     ),
+    (
+        "connections and defaults",
+        &[],
+        &[
+            (
+                "walflow.yaml",
+                "connections:\n  main: { redis: { url: redis://r/1, timeuot: 1s } }\n  bus: { kafka: { brokers: k }, redis: {} }\ndefaults:\n  namespace: x\n  sink: { retry: { attempts: many } }\nconections: {}\n",
+            ),
+            ("uses.yaml", "namespace: uses\nsink: { redis: { use: mian } }\n"),
+            ("kind.yaml", "namespace: kind\nsource: { kafka: { use: main, topic: t } }\nsink: { stdout: {} }\n"),
+        ],
+    ),
+    ("a connection without walflow.yaml", &[], &[("alone.yaml", "namespace: alone\nsink: { redis: { use: main } }\n")]),
 ];
 
 fn run(environment: &[(&str, &str)], files: &[(&str, &str)]) -> (DryRun, String) {
@@ -248,7 +262,9 @@ fn run(environment: &[(&str, &str)], files: &[(&str, &str)]) -> (DryRun, String)
     }
     let environment =
         Environment::new(environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-    let found = dry_run(&[folder.path().to_path_buf()], &environment);
+    let config = folder.path().join("walflow.yaml");
+    let shared = config.is_file().then(|| Shared::read(&config, &environment));
+    let found = dry_run_with(&[folder.path().to_path_buf()], shared.as_ref(), &environment);
     let text = found.problems_text(false).replace(&format!("{}/", folder.path().display()), "");
     (found, text)
 }
