@@ -103,6 +103,38 @@ async fn a_topic_that_is_not_there_is_an_outage_that_says_what_to_do() {
     assert!(!sink.probe().await[0].ok);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs Kafka: run tests/run"]
+async fn a_message_that_kafka_refuses_is_refused_alone() {
+    let prefix = unique("odd");
+    make_topic(&brokers(), &format!("{prefix}-a")).await;
+    let spec = json!({ "brokers": brokers(), "topic": format!("{prefix}-{{payload.to}}"), "timeout": "10s" });
+    let sink = open(&Kind::Kafka(Box::new(serde_json::from_value(spec).unwrap())), "".into());
+    let large = json!({ "to": "a", "x": "y".repeat(2 << 20) }).to_string();
+    for (odd, told) in [
+        (r#"{"to": "a b"}"#, "no name for a topic"),
+        (r#"{"to": "a\u0000"}"#, "no name for a topic"),
+        (&large, "takes no message of this size"),
+    ] {
+        let batch = [operation(1, PAYLOADS[0]), operation(2, odd), operation(3, PAYLOADS[5])];
+        let written = sink.write(&batch).await;
+        assert_eq!(verdicts(&written), [(1, Verdict::Never)], "{written:?}");
+        assert!(written.failed[0].1.message.contains(told), "{written:?}");
+    }
+    let topic = format!("{prefix}-a");
+    let found = tokio::task::spawn_blocking(move || read(&brokers(), &topic, &mut 0)).await.unwrap();
+    assert_eq!(found.len(), 6, "the others, each time");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kafka_that_is_not_there_is_an_outage() {
+    let spec = json!({ "brokers": "127.0.0.1:1", "topic": "orders", "timeout": "1s" });
+    let sink = open(&Kind::Kafka(Box::new(serde_json::from_value(spec).unwrap())), "".into());
+    let written = sink.write(&[operation(1, PAYLOADS[0])]).await;
+    assert_eq!(verdicts(&written), [(0, Verdict::Down)]);
+    assert!(written.failed[0].1.message.contains("127.0.0.1:1"), "{written:?}");
+}
+
 fn client(endpoint: &str) -> aws_sdk_sqs::Client {
     let config = aws_sdk_sqs::Config::builder()
         .behavior_version(BehaviorVersion::latest())
