@@ -481,7 +481,7 @@ impl PostgresSink {
     }
 
     async fn look(&self) -> Result<String, String> {
-        let client = self.lend().await.map_err(|failure| failure.message.to_string())?;
+        let client = self.pool.get().await.map_err(|error| postgres::explain_pool(&error))?;
         let explain = |error: tokio_postgres::Error| postgres::explain(&error);
         let row = client
             .query_one("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint, pg_is_in_recovery()", &[])

@@ -11,6 +11,7 @@ use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use serde_json::json;
 use walflow::sink::{Kind, Verdict};
 
+use super::web::{Answer, Web};
 use super::{PAYLOADS, Target, conforms, keyed, open, operation, verdicts};
 use crate::kafka::{brokers, unique};
 use crate::servers::Server;
@@ -259,4 +260,17 @@ async fn bodies_arrive_whatever_they_hold_and_one_that_is_too_large_is_alone() {
     assert_eq!(verdicts(&written), [(0, Verdict::Down)]);
     let message = &written.failed[0].1.message;
     assert!(message.contains("create-queue") && !message.contains("geheim"), "{message}");
+}
+
+#[tokio::test]
+async fn what_an_answer_of_sqs_does_not_name_was_not_delivered() {
+    let body = r#"{"Successful": [{"Id": "0", "MessageId": "m", "MD5OfMessageBody": "c4ca4238a0b923820dcc509a6f75849b"}],
+        "Failed": [{"Id": "2", "SenderFault": true, "Code": "AccessDenied", "Message": "no"},
+                   {"Id": "3", "SenderFault": true, "Code": "InvalidMessageContents", "Message": "no"}]}"#;
+    let web = Web::start_with(move |_| Answer::with(200, "content-type: application/x-amz-json-1.0\r\n", body)).await;
+    let sink = open(&queue(&web.url(""), &web.url("/1/orders"), json!({})), "".into());
+    let batch: Vec<_> = (0..4).map(|number| operation(number, "1")).collect();
+    let written = sink.write(&batch).await;
+    let expected = [(1, Verdict::Backoff), (2, Verdict::Down), (3, Verdict::Never)];
+    assert_eq!(verdicts(&written), expected, "{written:?}");
 }
