@@ -479,7 +479,8 @@ mod tests {
         let sink = |more: Value| json!({"namespace": "a", "sink": more});
         assert!(one(&sink(json!({"stdout": {}, "retires": {}}))).contains("did you mean 'retry'?"));
         assert!(one(&sink(json!({"stdot": {}}))).contains("did you mean 'stdout'?"));
-        assert!(one(&sink(json!({"kafka": {}}))).starts_with("WF0207"));
+        let source = json!({"namespace": "a", "source": {"redis": {}}, "sink": {"stdout": {}}});
+        assert!(one(&source).starts_with("WF0207"));
         assert!(
             one(&json!({"namespace": "a", "sink": {"stdout": {}}, "retry": {}}))
                 .contains("'retry' belongs under 'sink'")
