@@ -54,7 +54,7 @@ sink:
     (
         "kinds of a later version",
         &[],
-        &[("later.yaml", "namespace: later\nsource: { kafka: { topic: x } }\nsink: { postgres: { use: db } }\n")],
+        &[("later.yaml", "namespace: later\nsource: { redis: { stream: x } }\nsink: { stdout: {} }\n")],
     ),
     (
         "missing keys",
