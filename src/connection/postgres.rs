@@ -163,6 +163,9 @@ pub fn explain(error: &tokio_postgres::Error) -> String {
         &SqlState::INVALID_CATALOG_NAME => "there is no such database: make it, or correct its name",
         &SqlState::INSUFFICIENT_PRIVILEGE => "this user lacks a right: GRANT it",
         &SqlState::UNDEFINED_TABLE => "there is no such table: make it, or correct its name",
+        &SqlState::INVALID_COLUMN_REFERENCE if said.message().contains("ON CONFLICT") => {
+            "no unique constraint has just the columns of `key`: CREATE UNIQUE INDEX, or name other columns"
+        }
         &SqlState::TOO_MANY_CONNECTIONS => "the server takes no more connections: raise max_connections, or use fewer",
         &SqlState::DISK_FULL => "the server's disk is full",
         &SqlState::READ_ONLY_SQL_TRANSACTION => "the server takes no writes: is it a standby?",

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
 use crate::clock::Clock;
 use crate::pipeline::plan::Plan;

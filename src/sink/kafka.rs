@@ -26,6 +26,17 @@ use crate::units::Span;
 /// The header with the delivery's identity, the same on every attempt.
 const ID: &str = "walflow-id";
 
+/// Characters of a topic's name at most.
+const LONGEST_TOPIC: usize = 249;
+/// What Kafka takes as one.
+const TOPIC_HELP: &str = "1 to 249 of letters, digits, '.', '_' and '-'";
+
+/// Whether Kafka takes this as a topic's name; with another it would refuse the whole request.
+fn is_topic(name: &str) -> bool {
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    (1..=LONGEST_TOPIC).contains(&name.len()) && name.chars().all(legal) && !matches!(name, "." | "..")
+}
+
 /// `kafka:` — a message for each record.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -104,7 +115,14 @@ pub(super) fn check(spec: &KafkaSpec) -> Vec<SpecFault> {
             };
             faults.push(SpecFault::new("/topic", message, "orders, or orders-{payload.kind}"));
         }
+        Ok(template) if template.is_literal() && !is_topic(template.literal_prefix()) => {
+            faults.push(SpecFault::new("/topic", "Kafka takes no topic of this name", TOPIC_HELP));
+        }
         Ok(_) => {}
+    }
+    for name in spec.headers.keys().filter(|name| name.is_empty() || name.eq_ignore_ascii_case(ID)) {
+        let message = if name.is_empty() { "a header has a name" } else { "this header is walflow's own" };
+        faults.push(SpecFault::new(format!("/headers/{name}"), message, "another name"));
     }
     let texts = spec.key.iter().map(|key| ("/key".to_owned(), key));
     let headers = spec.headers.iter().map(|(name, value)| (format!("/headers/{}", name.replace('/', "~1")), value));
@@ -203,7 +221,8 @@ impl KafkaSink {
             None => event.key.as_deref().map(|key| key.as_bytes().to_vec()),
         };
         let mut headers = OwnedHeaders::new();
-        for (name, value) in event.headers() {
+        // One identity: a record that came from another walflow brings that of its former life.
+        for (name, value) in event.headers().iter().filter(|(name, _)| !name.eq_ignore_ascii_case(ID)) {
             headers = headers.insert(Header { key: name, value: Some(value.as_bytes()) });
         }
         for (name, template) in &self.headers {
@@ -216,7 +235,12 @@ impl KafkaSink {
             Some(document) => document.render_bytes(&scope)?,
             None => scope.payload().clone(),
         };
-        Ok(Message { topic: self.topic.render_text(&scope)?, key, value, headers })
+        let topic = self.topic.render_text(&scope)?;
+        if !is_topic(&topic) {
+            let shown: String = topic.chars().take(LONGEST_TOPIC).collect();
+            return Err(Failure::rendering(format!("{shown:?} is no name for a topic: {TOPIC_HELP}")));
+        }
+        Ok(Message { topic, key, value, headers })
     }
 
     fn judge(&self, error: &KafkaError) -> Failure {
@@ -303,5 +327,45 @@ impl Sink for KafkaSink {
             vec![Probed::of(&*self.shown, self.look(topic).await)]
         }
         .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::sink::testing::{context, operation_with};
+
+    fn spec(topic: &str) -> KafkaSpec {
+        serde_json::from_value(json!({ "brokers": "127.0.0.1:1", "topic": topic })).unwrap()
+    }
+
+    #[test]
+    fn a_topic_that_kafka_refuses_is_found_in_the_file_and_in_the_record() {
+        for (topic, fine) in [("orders", true), ("o.r-d_1", true), ("o rders", false), ("..", false), ("", false)] {
+            assert_eq!(check(&spec(topic)).is_empty(), fine, "{topic}");
+        }
+        assert!(!check(&spec(&"x".repeat(250))).is_empty());
+        let sink = KafkaSink::open(&spec("to-{payload.to}"), &context()).unwrap();
+        for (to, fine) in [("a", true), ("a b", false), ("\\u0000", false), ("\u{fc}", false), ("../x", false)] {
+            let message = sink.message(&operation_with(&format!("{{\"to\": \"{to}\"}}"), |_| {}));
+            assert_eq!(message.as_ref().err().map(|failure| failure.rendering), (!fine).then_some(true), "{to}");
+        }
+    }
+
+    #[test]
+    fn a_message_has_one_identity() {
+        use rdkafka::message::Headers as _;
+        let mut spec = spec("orders");
+        let sink = KafkaSink::open(&spec, &context()).unwrap();
+        let operation = operation_with("1", |record| {
+            record.headers = vec![("Walflow-Id".into(), "of-before".into()), ("a".into(), "b".into())];
+        });
+        let message = sink.message(&operation).unwrap_or_else(|failure| panic!("{failure}"));
+        let names: Vec<&str> = message.headers.iter().map(|header| header.key).collect();
+        assert_eq!(names, ["a", ID]);
+        spec.headers.insert(ID.to_owned(), "x".to_owned());
+        assert_eq!(check(&spec).len(), 1);
     }
 }

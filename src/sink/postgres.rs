@@ -9,19 +9,20 @@ mod verdict;
 
 use std::collections::HashSet;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use deadpool_postgres::{Object, Pool};
+use deadpool_postgres::{ClientWrapper as Client, Object, Pool};
 use futures::future::{BoxFuture, FutureExt};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::OnceCell;
 use tokio_postgres::Transaction;
+use tokio_postgres::error::SqlState;
 
 use self::statement::{Case, Run, runs};
-use self::verdict::{is_the_record, judge, judge_pool};
+use self::verdict::{Ended, is_the_columns, is_the_values, judge_pool, within};
 use super::template::{Document, Scope};
 use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written};
 use crate::clock::Timestamp;
@@ -149,9 +150,8 @@ impl Default for BarrierSpec {
 impl fmt::Debug for PostgresSpec {
     /// Shows what is no secret: of the address host, port and database.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown = self.url.as_deref().map(|url| url.rsplit('@').next().unwrap_or_default().to_owned());
         f.debug_struct("PostgresSpec")
-            .field("url", &shown)
+            .field("url", &self.url.as_deref().map(postgres::place))
             .field("ca_file", &self.ca_file)
             .field("timeout", &self.timeout)
             .field("cases", &self.all_cases())
@@ -269,9 +269,11 @@ pub struct PostgresSink {
     address: Address,
     pool: Pool,
     cases: Vec<Case>,
+    timeout: Duration,
     /// The barrier's table, quoted.
     barrier: Option<String>,
-    prepared: OnceCell<()>,
+    /// The barrier's table was there when it was last looked for.
+    prepared: AtomicBool,
     context: SinkContext,
 }
 
@@ -287,7 +289,9 @@ impl PostgresSink {
             message: message.into(),
         };
         let url = spec.url.as_deref().unwrap_or_default();
-        let address = Address::new(url, spec.ca_file.as_deref(), spec.timeout()).map_err(|why| wrong("/url", why))?;
+        // The address itself was checked before, so this is about the certificates.
+        let pointer = if spec.ca_file.is_some() { "/ca_file" } else { "/url" };
+        let address = Address::new(url, spec.ca_file.as_deref(), spec.timeout()).map_err(|why| wrong(pointer, why))?;
         let pool = address.pool(CONNECTIONS, spec.timeout()).map_err(|why| wrong("/url", why))?;
         let cases = spec.all_cases().iter().map(Case::parse).collect::<Result<_, _>>();
         Ok(Self {
@@ -295,7 +299,8 @@ impl PostgresSink {
             pool,
             cases: cases.map_err(|why: Box<str>| wrong("", why.into()))?,
             barrier: spec.barrier.as_ref().map(|barrier| statement::quoted(&barrier.table)),
-            prepared: OnceCell::new(),
+            prepared: AtomicBool::new(false),
+            timeout: spec.timeout(),
             context: context.clone(),
         })
     }
@@ -305,44 +310,93 @@ impl PostgresSink {
     }
 
     async fn lend(&self) -> Result<Object, Failure> {
-        let client = self.pool.get().await.map_err(|error| judge_pool(self.shown(), &error))?;
-        if let Some(barrier) = &self.barrier {
-            let make = format!(
-                "CREATE TABLE IF NOT EXISTS {barrier} (id text PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())"
-            );
-            let prepared = self.prepared.get_or_try_init(|| async {
-                let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[barrier]).await?;
-                if there.try_get::<_, bool>(0)? { Ok(()) } else { client.batch_execute(&make).await }
-            });
-            prepared.await.map_err(|error| {
-                let why = postgres::explain(&error);
-                Failure::new(
-                    Verdict::Down,
-                    format!(
-                        "{}: the barrier's table is not there: {why}; somebody with the right runs: {make}",
-                        self.shown()
-                    ),
-                )
-            })?;
-        }
-        Ok(client)
+        self.pool.get().await.map_err(|error| judge_pool(self.shown(), &error))
     }
 
-    /// Writes the rows; those that are refused come back, each with its reason.
-    async fn write_rows(
+    /// Makes the barrier's table unless it is there.
+    async fn prepare(&self, client: &Client) -> Result<(), Failure> {
+        let Some(barrier) = self.barrier.as_ref().filter(|_| !self.prepared.load(Ordering::Relaxed)) else {
+            return Ok(());
+        };
+        let make = make_barrier(barrier);
+        let look = async {
+            let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[barrier]).await?;
+            if there.try_get::<_, bool>(0)? { Ok(()) } else { client.batch_execute(&make).await }
+        };
+        within(self.timeout, look).await.map_err(|ended| {
+            let why = ended.judge("the barrier's table is not there").message;
+            let message = format!("{}: {why}; somebody with the right runs: {make}", self.shown());
+            Failure::new(Verdict::Down, message)
+        })?;
+        self.prepared.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The rows of a batch, and what cannot be one.
+    fn rendered(&self, batch: &[Operation]) -> (Vec<(usize, statement::Row)>, Vec<(usize, Failure)>) {
+        let (mut rows, mut failed) = (Vec::with_capacity(batch.len()), Vec::new());
+        for (index, operation) in batch.iter().enumerate() {
+            let scope = Scope::new(operation, &self.context);
+            let number = operation.case;
+            let row = match self.cases.get(number) {
+                Some(case) => case.row(number, &scope, operation),
+                None => Err(Failure::rendering(format!(
+                    "no case {number} is left in the file; the record matched it before"
+                ))),
+            };
+            match row {
+                Ok(row) => rows.push((index, row)),
+                Err(failure) => failed.push((index, failure)),
+            }
+        }
+        (rows, failed)
+    }
+
+    /// Writes the rows; those that are refused come back, each with its reason. `at_once` checks also those constraints row
+    /// by row that would be checked when the transaction ends.
+    async fn write_rows<'a>(
         &self,
-        batch: &[Operation],
+        batch: &'a [Operation],
         rows: Vec<(usize, statement::Row)>,
+        refused: HashSet<&'a str>,
+        at_once: bool,
     ) -> Result<Vec<(usize, Failure)>, Failure> {
         let mut client = self.lend().await?;
-        let judged = |error: tokio_postgres::Error| judge(self.shown(), &error);
-        let mut transaction = client.transaction().await.map_err(judged)?;
+        self.prepare(&client).await?;
+        let ended = match self.transact(&mut client, batch, rows, refused, at_once).await {
+            Ok(failed) => return Ok(failed),
+            Err(ended) => ended,
+        };
+        match &ended {
+            // What it still waits for would be taken for the next answer. A transaction that nobody ends is rolled back, and
+            // until then its rows are locked, so nothing older comes after what is sent next.
+            Ended::Silent(_) => drop(Object::take(client)),
+            Ended::Said(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => {
+                self.prepared.store(false, Ordering::Relaxed);
+            }
+            Ended::Said(_) => {}
+        }
+        Err(ended.judge(self.shown()))
+    }
+
+    async fn transact<'a>(
+        &self,
+        client: &mut Client,
+        batch: &'a [Operation],
+        rows: Vec<(usize, statement::Row)>,
+        mut refused_keys: HashSet<&'a str>,
+        at_once: bool,
+    ) -> Result<Vec<(usize, Failure)>, Ended> {
+        let longest = self.timeout;
+        let mut transaction = within(longest, client.transaction()).await?;
+        if at_once {
+            within(longest, transaction.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
+        }
         let rows = match &self.barrier {
             None => rows,
             Some(barrier) => self.new_ones(&transaction, barrier, batch, rows).await?,
         };
         let mut failed = Vec::new();
-        let mut refused_keys: HashSet<&str> = HashSet::new();
         // From the back, so that the next is popped.
         let mut left: Vec<Run> = runs(rows);
         left.reverse();
@@ -361,29 +415,32 @@ impl PostgresSink {
                 continue;
             }
             let Some(case) = self.cases.get(run.case) else { continue };
-            let savepoint = transaction.savepoint("walflow_run").await.map_err(judged)?;
-            match case.execute(&savepoint, &run).await {
-                Ok(()) => savepoint.commit().await.map_err(judged)?,
-                Err(error) if is_the_record(&error) => {
-                    savepoint.rollback().await.map_err(judged)?;
+            let savepoint = within(longest, transaction.savepoint("walflow_run")).await?;
+            match case.execute(&savepoint, &run, longest).await {
+                Ok(()) => within(longest, savepoint.commit()).await?,
+                Err(Ended::Said(error))
+                    if is_the_values(&error) || (case.record_names_columns() && is_the_columns(&error)) =>
+                {
+                    within(longest, savepoint.rollback()).await?;
                     if run.rows.len() > 1 {
                         let right = run.split();
                         left.push(right);
                         left.push(run);
                         continue;
                     }
+                    let failure = Failure { verdict: Verdict::Never, ..Ended::Said(error).judge(self.shown()) };
                     for (index, _) in run.rows {
                         refused_keys.extend(batch.get(index).and_then(|operation| operation.event.key.as_deref()));
-                        failed.push((index, judge(self.shown(), &error)));
+                        failed.push((index, failure.clone()));
                     }
                 }
-                Err(error) => return Err(judge(self.shown(), &error)),
+                Err(ended) => return Err(ended),
             }
         }
         if let Some(barrier) = &self.barrier {
             self.forget(&transaction, barrier, batch, &failed).await?;
         }
-        transaction.commit().await.map_err(judged)?;
+        within(longest, transaction.commit()).await?;
         Ok(failed)
     }
 
@@ -394,11 +451,11 @@ impl PostgresSink {
         barrier: &str,
         batch: &[Operation],
         rows: Vec<(usize, statement::Row)>,
-    ) -> Result<Vec<(usize, statement::Row)>, Failure> {
+    ) -> Result<Vec<(usize, statement::Row)>, Ended> {
         let ids: Vec<String> =
             rows.iter().filter_map(|(index, _)| batch.get(*index)).map(Operation::delivery_id).collect();
         let text = format!("INSERT INTO {barrier} (id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING RETURNING id");
-        let new = transaction.query(&text, &[&ids]).await.map_err(|error| judge(self.shown(), &error))?;
+        let new = within(self.timeout, transaction.query(&text, &[&ids])).await?;
         let new: HashSet<String> = new.iter().filter_map(|row| row.try_get(0).ok()).collect();
         let is_new = |(index, _): &(usize, statement::Row)| {
             batch.get(*index).is_some_and(|operation| new.contains(&operation.delivery_id()))
@@ -413,18 +470,18 @@ impl PostgresSink {
         barrier: &str,
         batch: &[Operation],
         failed: &[(usize, Failure)],
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Ended> {
         let ids: Vec<String> =
             failed.iter().filter_map(|(index, _)| batch.get(*index)).map(Operation::delivery_id).collect();
         if ids.is_empty() {
             return Ok(());
         }
         let text = format!("DELETE FROM {barrier} WHERE id = ANY($1)");
-        transaction.execute(&text, &[&ids]).await.map(|_| ()).map_err(|error| judge(self.shown(), &error))
+        within(self.timeout, transaction.execute(&text, &[&ids])).await.map(|_| ())
     }
 
     async fn look(&self) -> Result<String, String> {
-        let client = self.lend().await.map_err(|failure| failure.message.to_string())?;
+        let client = self.pool.get().await.map_err(|error| postgres::explain_pool(&error))?;
         let explain = |error: tokio_postgres::Error| postgres::explain(&error);
         let row = client
             .query_one("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint, pg_is_in_recovery()", &[])
@@ -436,6 +493,14 @@ impl PostgresSink {
         }
         for case in &self.cases {
             case.probe(&client).await?;
+        }
+        if let Some(barrier) = &self.barrier {
+            let query = "SELECT to_regclass($1) IS NOT NULL OR coalesce(has_schema_privilege(current_schema(), 'CREATE'), false)";
+            let usable = client.query_one(query, &[barrier]).await.map_err(explain)?;
+            if !usable.try_get::<_, bool>(0).map_err(explain)? {
+                let make = make_barrier(barrier);
+                return Err(format!("the barrier's table is not there; somebody with the right runs: {make}"));
+            }
         }
         Ok(format!("its tables can be written to; {}", skew(self.context.clock.now(), Timestamp::from_millis(at))))
     }
@@ -449,27 +514,18 @@ impl Sink for PostgresSink {
 
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
         async move {
-            let mut failed = Vec::new();
-            let mut rows = Vec::with_capacity(batch.len());
-            for (index, operation) in batch.iter().enumerate() {
-                let scope = Scope::new(operation, &self.context);
-                match self.cases.get(operation.case) {
-                    Some(case) => match case.row(operation.case, &scope, operation) {
-                        Ok(row) => rows.push((index, row)),
-                        Err(failure) => failed.push((index, failure)),
-                    },
-                    None => failed.push((
-                        index,
-                        Failure::rendering(format!(
-                            "no case {} is left in the file; the record matched it before",
-                            operation.case
-                        )),
-                    )),
-                }
-            }
+            let (rows, mut failed) = self.rendered(batch);
             if !rows.is_empty() {
                 let sent: Vec<usize> = rows.iter().map(|(index, _)| *index).collect();
-                match self.write_rows(batch, rows).await {
+                let keys = failed.iter().filter_map(|(index, _)| batch.get(*index)?.event.key.as_deref());
+                let refused: HashSet<&str> = keys.collect();
+                let mut written = self.write_rows(batch, rows, refused.clone(), false).await;
+                if written.as_ref().is_err_and(|failure| failure.verdict == Verdict::Never) {
+                    // Refused when the transaction ended, so nobody knows for which row: once more, and each is checked.
+                    let (rows, _) = self.rendered(batch);
+                    written = self.write_rows(batch, rows, refused, true).await;
+                }
+                match written {
                     Ok(refused) => failed.extend(refused),
                     Err(failure) => failed.extend(sent.into_iter().map(|index| (index, failure.clone()))),
                 }
@@ -485,10 +541,43 @@ impl Sink for PostgresSink {
     }
 }
 
+fn make_barrier(barrier: &str) -> String {
+    format!("CREATE TABLE IF NOT EXISTS {barrier} (id text PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())")
+}
+
 /// A document of the file, or where and why it is none.
 fn document(pointer: &str, value: &Value, faults: &mut Vec<SpecFault>) {
     if let Err(error) = Document::parse(value) {
         let help = "{payload.a}, for example; {{ is a literal brace";
         faults.push(SpecFault::new(format!("{pointer}{}", error.pointer), error.error.to_string(), help));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::testing::context;
+
+    #[test]
+    fn no_form_of_an_address_shows_its_password() {
+        for url in [
+            "postgres://u:geheim@h:5433/db",
+            "postgres://h:5433/db?user=u&password=geheim",
+            "postgres://u:geh@eim@h:x/db",
+        ] {
+            let spec = PostgresSpec { url: Some(url.to_owned()), ..PostgresSpec::default() };
+            let shown = format!("{spec:?} {:?}", check(&spec));
+            assert!(!shown.contains("geheim") && !shown.contains("eim@"), "{shown}");
+        }
+    }
+
+    #[test]
+    fn a_certificate_that_cannot_be_read_is_said_of_its_own_setting() {
+        let spec = serde_json::json!({
+            "url": "postgres://h/db?sslmode=verify-full", "ca_file": "/nowhere/ca.pem", "insert": { "table": "t" },
+        });
+        let spec = serde_json::from_value(spec).unwrap();
+        let error = PostgresSink::open(&spec, &context()).err().unwrap().to_string();
+        assert!(error.starts_with("postgres/ca_file: /nowhere/ca.pem"), "{error}");
     }
 }

@@ -3,6 +3,7 @@
 //! Takes operations, gives what SQS listed under Failed. What is no text that SQS takes travels as base64 and says so in an
 //! attribute. On a FIFO queue the record's key is the group and the delivery's identity the deduplication id.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName, SendMessageBatchRequestEntry};
@@ -142,6 +143,20 @@ fn is_text(text: &str) -> bool {
             .all(|c| matches!(c, '\t' | '\n' | ' '..='\u{D7FF}' | '\u{E000}'..='\u{FFFD}' | '\u{10000}'..='\u{10FFFF}'))
 }
 
+/// What the outcome of an entry that failed means. What the service blames on the message stays wrong; its own trouble
+/// passes; rights, keys and the queue itself are no message's fault, whomever it blames.
+fn of_entry(code: &str, sender_fault: bool) -> Verdict {
+    let says = |words: &[&str]| words.iter().any(|word| code.contains(word));
+    if says(&["Throttl"]) {
+        return Verdict::Backoff;
+    }
+    if says(&["AccessDenied", "KMS", "Kms", "NonExistentQueue", "QueueDoesNotExist", "Token", "Signature", "Security"])
+    {
+        return Verdict::Down;
+    }
+    if sender_fault { Verdict::Never } else { Verdict::Backoff }
+}
+
 /// A group's or deduplication id: as it is where SQS takes that, else its digest.
 fn id(text: &str) -> String {
     let legal = |c: char| c.is_ascii_graphic();
@@ -256,21 +271,24 @@ impl SqsSink {
                 all(&Failure::new(Verdict::Down, text))
             }
             Ok(answer) => {
+                let queue = queue_name(&self.queue);
+                let mut open: HashSet<usize> = indexes.iter().copied().collect();
+                for taken in answer.successful() {
+                    open.retain(|index| taken.id() != index.to_string());
+                }
                 let failure = |failed: &aws_sdk_sqs::types::BatchResultErrorEntry| {
-                    let index = failed.id().parse().ok()?;
-                    // The service's own trouble passes; what it blames on the message does not.
-                    let verdict = if failed.sender_fault() && !failed.code().contains("Throttl") {
-                        Verdict::Never
-                    } else {
-                        Verdict::Backoff
-                    };
+                    let index: usize = failed.id().parse().ok()?;
                     let why = failed.message().unwrap_or_default();
-                    Some((
-                        index,
-                        Failure::new(verdict, format!("SQS {}: {} {why}", queue_name(&self.queue), failed.code())),
-                    ))
+                    let verdict = of_entry(failed.code(), failed.sender_fault());
+                    Some((index, Failure::new(verdict, format!("SQS {queue}: {} {why}", failed.code()))))
                 };
-                answer.failed().iter().filter_map(failure).collect()
+                let mut failed: Vec<(usize, Failure)> = answer.failed().iter().filter_map(failure).collect();
+                failed.retain(|(index, _)| open.remove(index));
+                // Delivered is what was said to be.
+                let unsaid =
+                    Failure::new(Verdict::Backoff, format!("SQS {queue}: the answer does not say what became of it"));
+                failed.extend(open.into_iter().map(|index| (index, unsaid.clone())));
+                failed
             }
         }
     }
@@ -332,5 +350,27 @@ impl Sink for SqsSink {
             )]
         }
         .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_blamed_only_for_what_is_its_own() {
+        for (code, sender_fault, verdict) in [
+            ("InvalidMessageContents", true, Verdict::Never),
+            ("InvalidParameterValue", true, Verdict::Never),
+            ("InternalError", false, Verdict::Backoff),
+            ("ServiceUnavailable", false, Verdict::Backoff),
+            ("RequestThrottled", true, Verdict::Backoff),
+            ("KmsThrottled", true, Verdict::Backoff),
+            ("AccessDenied", true, Verdict::Down),
+            ("KMS.DisabledException", true, Verdict::Down),
+            ("AWS.SimpleQueueService.NonExistentQueue", true, Verdict::Down),
+        ] {
+            assert_eq!(of_entry(code, sender_fault), verdict, "{code}");
+        }
     }
 }

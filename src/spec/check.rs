@@ -366,18 +366,6 @@ impl Walk<'_> {
         }
         let parent = pointer.rsplit_once('/').map_or("", |(parent, _)| parent);
         let known: Vec<&'static str> = grammar::properties(schema).map(|(name, _)| name).collect();
-        let kinds = known.iter().any(|name| grammar::SINK_KINDS.contains(name)) || known.contains(&"embedded");
-        if grammar::LATER_KINDS.contains(&key) && kinds {
-            let here: Vec<&str> = known
-                .iter()
-                .copied()
-                .filter(|name| grammar::SINK_KINDS.contains(name) || grammar::SOURCE_KINDS.contains(name))
-                .collect();
-            let message = format!("'{key}' comes with a later version");
-            let help = format!("this version knows {} here", here.join(", "));
-            self.find(Code::LaterKind, pointer, message, Some(help)).at_key = true;
-            return;
-        }
         let close = nearest(key, known.iter().copied());
         let inside = grammar::properties(schema)
             .find(|(_, property)| !value.is_null() && grammar::properties(property).any(|(name, _)| name == key))
@@ -479,7 +467,6 @@ mod tests {
         let sink = |more: Value| json!({"namespace": "a", "sink": more});
         assert!(one(&sink(json!({"stdout": {}, "retires": {}}))).contains("did you mean 'retry'?"));
         assert!(one(&sink(json!({"stdot": {}}))).contains("did you mean 'stdout'?"));
-        assert!(one(&sink(json!({"kafka": {}}))).starts_with("WF0207"));
         assert!(
             one(&json!({"namespace": "a", "sink": {"stdout": {}}, "retry": {}}))
                 .contains("'retry' belongs under 'sink'")

@@ -70,8 +70,6 @@ codes! {
         "The value has the right type but is none of the words, durations, sizes or rates that are understood at the place."
     OutOfRange "WF0206" "a number is too small or too large."
         "The value lies outside of the bounds in the documentation of the key."
-    LaterKind "WF0207" "this kind comes with a later version."
-        "The word is reserved for a source, shelf or sink that this version of walflow does not have yet."
     Refused "WF0208" "a value was refused."
         "The value passed the grammar but could not be read. The message says why."
     UnsetVariable "WF0301" "an environment variable is not set."

@@ -16,8 +16,6 @@ pub const SOURCE_KINDS: &[&str] = &["embedded", "memory", "kafka", "redis", "sqs
 pub const STAGE_KINDS: &[&str] = &["filter", "script", "inline"];
 /// The words that say what a connection is.
 pub const CONNECTION_KINDS: &[&str] = &["redis", "kafka", "sqs", "postgres"];
-/// Words that are kept for kinds of a later version.
-pub const LATER_KINDS: &[&str] = &[];
 
 static SCHEMA: LazyLock<Value> = LazyLock::new(|| schemars::schema_for!(PipelineSpec).to_value());
 

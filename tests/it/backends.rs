@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::harness::{Place, Running, until, until_status};
+use crate::harness::{Place, Receiver, Running, until, until_status};
 use crate::kafka::unique;
 
 fn server(variable: &str) -> String {
@@ -96,6 +96,26 @@ async fn a_cache_is_replicated_from_kafka_to_three_redis() {
     }
     let bad = json!({"namespace": "user-cache-replication", "payload": {"operation": "NEVER"}});
     assert_eq!(running.write(&bad).await.unwrap().0, 422, "the schema holds on every source");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs Redis: run tests/run"]
+async fn notifications_go_from_redis_streams_to_a_service() {
+    let receiver = Receiver::start().await;
+    let place = place("notification-events.yaml")
+        .environment("REDIS_URL", &format!("{}/7", server("WALFLOW_TEST_REDIS")))
+        .environment("NOTIFICATIONS_URL", &receiver.url);
+    let running = place.start().await;
+    let user = unique("user");
+    let event = |urgent: bool| json!({"user_id": user, "channel": "push", "body": "Hello", "urgent": urgent});
+    write(&running, "notification-events", event(true)).await;
+    until("the urgent one arrives", || (receiver.count() == 1).then_some(())).await;
+    write(&running, "notification-events", event(false)).await;
+    until_status(&running, "notification-events", "the other one waits", |status| status["parked"] == 1).await;
+    let scheduled = format!("{}/api/v1/wal/namespace/notification-events/scheduled?key={user}", running.url);
+    assert_eq!(running.client.delete(scheduled).send().await.unwrap().status(), 200);
+    until_status(&running, "notification-events", "it is cancelled", |status| status["parked"] == 0).await;
+    assert_eq!(receiver.count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -53,9 +53,22 @@ sink:
         )],
     ),
     (
-        "kinds of a later version",
+        "settings of a source",
         &[],
-        &[("later.yaml", "namespace: later\nsource: { kafka: { topic: x } }\nsink: { postgres: { use: db } }\n")],
+        &[
+            (
+                "queue.yaml",
+                "namespace: queue\nsource: { sqs: { queue: q } }\nsink:\n  fan_out: [{ name: a, stdout: {} }, { name: b, stdout: {} }]\n",
+            ),
+            (
+                "streams.yaml",
+                "namespace: streams\nsource: { redis: { url: 'http://h', streams: 0 } }\nsink: { stdout: {} }\n",
+            ),
+            (
+                "topic.yaml",
+                "namespace: topic\nsource: { kafka: { brokers: [], topic: t }, shelf: { embedded: {} } }\nsink: { stdout: {} }\n",
+            ),
+        ],
     ),
     (
         "missing keys",

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use indexmap::IndexMap;
@@ -10,10 +11,14 @@ use serde_json::value::RawValue;
 use tokio_postgres::Transaction;
 use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 
+use super::verdict::{Ended, within};
 use super::{DeleteSpec, InsertSpec, OnConflict, PostgresCaseSpec, StatementSpec, UpsertSpec, document};
 use crate::sink::template::{Document, Scope};
 use crate::sink::{Failure, Operation, SpecFault};
 
+/// Columns of a table at most, and bytes of a column's name.
+const MOST_COLUMNS: usize = 1_600;
+const LONGEST_NAME: usize = 63;
 /// As many parameters as PostgreSQL takes.
 const MOST_PARAMETERS: usize = 65_535;
 
@@ -207,6 +212,7 @@ impl Case {
                 RawValue::from_string(text).map_err(|_| Failure::rendering(format!("column {name} is no JSON")))?;
             fields.insert(name.clone(), raw);
         }
+        fit_a_table(&fields)?;
         let mut key_values = Vec::with_capacity(key.len());
         for name in key {
             match fields.get(name) {
@@ -220,11 +226,25 @@ impl Case {
         Ok(Row { case: number, columns: names, content: Content::Object { text, key: key_values } })
     }
 
+    /// Whether the record says which columns there are, and not the file.
+    pub(super) fn record_names_columns(&self) -> bool {
+        match self {
+            Self::Upsert { columns, .. } | Self::Insert { columns, .. } => columns.is_empty(),
+            // Its columns are those of the key, which the file names.
+            Self::Delete { .. } | Self::Statement { .. } => false,
+        }
+    }
+
     /// Runs the statement for rows of this case.
-    pub(super) async fn execute(&self, transaction: &Transaction<'_>, run: &Run) -> Result<(), tokio_postgres::Error> {
+    pub(super) async fn execute(
+        &self,
+        transaction: &Transaction<'_>,
+        run: &Run,
+        longest: Duration,
+    ) -> Result<(), Ended> {
         let Some((_, first)) = run.rows.first() else { return Ok(()) };
         if let Self::Statement { sql, .. } = self {
-            let statement = transaction.prepare(sql).await?;
+            let statement = within(longest, transaction.prepare(sql)).await?;
             let each = run.rows.iter().filter_map(|(_, row)| match &row.content {
                 Content::Parameters(values) => Some(values),
                 Content::Object { .. } => None,
@@ -233,7 +253,7 @@ impl Case {
                 let texts: Vec<AsText<'_>> = values.iter().map(|value| AsText(value.as_deref())).collect();
                 let parameters: Vec<&(dyn ToSql + Sync)> =
                     texts.iter().map(|text| text as &(dyn ToSql + Sync)).collect();
-                transaction.execute(&statement, &parameters).await?;
+                within(longest, transaction.execute(&statement, &parameters)).await?;
             }
             return Ok(());
         }
@@ -244,8 +264,9 @@ impl Case {
         };
         let json = format!("[{}]", rows.join(","));
         let sql = self.sql(&first.columns);
-        let statement = transaction.prepare(&sql).await?;
-        transaction.execute(&statement, &[&AsText(Some(&json))]).await.map(|_| ())
+        let statement = within(longest, transaction.prepare(&sql)).await?;
+        let rows = AsText(Some(&json));
+        within(longest, transaction.execute(&statement, &[&rows])).await.map(|_| ())
     }
 
     fn sql(&self, names: &[String]) -> String {
@@ -296,18 +317,45 @@ impl Case {
         }
         let known = client
             .query(
-                "SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0 AND NOT attisdropped",
+                "SELECT attname FROM pg_attribute
+                 WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped",
                 &[table],
             )
-            .await;
-        let known: Vec<String> = match known {
-            Ok(rows) => rows.iter().filter_map(|row| row.try_get::<_, &str>(0).ok().map(str::to_owned)).collect(),
-            // An older driver of types may not take text for a table's name; the columns then show at the first row.
-            Err(_) => return Ok(()),
-        };
-        let wanted = own.iter().map(|(name, _)| name).chain(key);
-        let missing: Vec<&str> = wanted.filter(|name| !known.contains(name)).map(String::as_str).collect();
-        if missing.is_empty() { Ok(()) } else { Err(format!("{table} has no column {}", missing.join(", "))) }
+            .await
+            .map_err(explain)?;
+        let known: Vec<&str> = known.iter().filter_map(|row| row.try_get(0).ok()).collect();
+        let mut wanted: Vec<String> = own.iter().map(|(name, _)| name).chain(key).cloned().collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let missing: Vec<&str> = wanted.iter().map(String::as_str).filter(|name| !known.contains(name)).collect();
+        if !missing.is_empty() {
+            return Err(format!("{table} has no column {}", missing.join(", ")));
+        }
+        if let Self::Upsert { .. } = self {
+            // Only planning looks for the constraint; nothing is run.
+            let plan = format!("EXPLAIN {}", self.sql(&wanted).replace("$1::json", "'[]'::json"));
+            client.batch_execute(&plan).await.map_err(explain)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether these can be the columns of a row: a statement with others would be refused as a whole.
+fn fit_a_table(fields: &IndexMap<String, Box<RawValue>>) -> Result<(), Failure> {
+    if fields.is_empty() {
+        return Err(Failure::rendering("the payload has no fields, so there is no row"));
+    }
+    if fields.len() > MOST_COLUMNS {
+        let why = format!("the payload has {} fields, and a table {MOST_COLUMNS} columns at most", fields.len());
+        return Err(Failure::rendering(why));
+    }
+    let wrong = |name: &&String| name.is_empty() || name.len() > LONGEST_NAME || name.contains('\0');
+    match fields.keys().find(wrong) {
+        Some(name) => {
+            let shown: String = name.chars().take(LONGEST_NAME).collect();
+            Err(Failure::rendering(format!("{shown:?} is no name for a column: 1 to {LONGEST_NAME} bytes, no NUL")))
+        }
+        None => Ok(()),
     }
 }
 

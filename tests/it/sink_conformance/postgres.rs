@@ -8,7 +8,7 @@ use super::{Target, conforms, keyed, open, operation, verdicts};
 use crate::kafka::unique;
 use crate::proxy::Proxy;
 
-fn url() -> String {
+pub(super) fn url() -> String {
     std::env::var("WALFLOW_TEST_POSTGRES").expect("WALFLOW_TEST_POSTGRES names a server: run tests/run")
 }
 
@@ -19,17 +19,17 @@ pub(crate) async fn client() -> Client {
 }
 
 /// A name for a table that no other test has.
-fn table(name: &str) -> String {
+pub(super) fn table(name: &str) -> String {
     unique(name).replace('-', "_")
 }
 
-fn sink(spec: Value) -> Box<dyn Sink> {
+pub(super) fn sink(spec: Value) -> Box<dyn Sink> {
     let mut spec = spec;
     spec["url"] = spec.get("url").cloned().unwrap_or_else(|| url().into());
     open(&Kind::Postgres(Box::new(serde_json::from_value(spec).unwrap())), "".into())
 }
 
-async fn one(client: &Client, query: &str) -> String {
+pub(super) async fn one(client: &Client, query: &str) -> String {
     client.query_one(query, &[]).await.unwrap().get(0)
 }
 

@@ -11,6 +11,7 @@ use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use serde_json::json;
 use walflow::sink::{Kind, Verdict};
 
+use super::web::{Answer, Web};
 use super::{PAYLOADS, Target, conforms, keyed, open, operation, verdicts};
 use crate::kafka::{brokers, unique};
 use crate::servers::Server;
@@ -101,6 +102,38 @@ async fn a_topic_that_is_not_there_is_an_outage_that_says_what_to_do() {
     assert_eq!(verdicts(&written), [(0, Verdict::Down)]);
     assert!(written.failed[0].1.message.contains("the topic does not exist: make it"), "{written:?}");
     assert!(!sink.probe().await[0].ok);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs Kafka: run tests/run"]
+async fn a_message_that_kafka_refuses_is_refused_alone() {
+    let prefix = unique("odd");
+    make_topic(&brokers(), &format!("{prefix}-a")).await;
+    let spec = json!({ "brokers": brokers(), "topic": format!("{prefix}-{{payload.to}}"), "timeout": "10s" });
+    let sink = open(&Kind::Kafka(Box::new(serde_json::from_value(spec).unwrap())), "".into());
+    let large = json!({ "to": "a", "x": "y".repeat(2 << 20) }).to_string();
+    for (odd, told) in [
+        (r#"{"to": "a b"}"#, "no name for a topic"),
+        (r#"{"to": "a\u0000"}"#, "no name for a topic"),
+        (&large, "takes no message of this size"),
+    ] {
+        let batch = [operation(1, PAYLOADS[0]), operation(2, odd), operation(3, PAYLOADS[5])];
+        let written = sink.write(&batch).await;
+        assert_eq!(verdicts(&written), [(1, Verdict::Never)], "{written:?}");
+        assert!(written.failed[0].1.message.contains(told), "{written:?}");
+    }
+    let topic = format!("{prefix}-a");
+    let found = tokio::task::spawn_blocking(move || read(&brokers(), &topic, &mut 0)).await.unwrap();
+    assert_eq!(found.len(), 6, "the others, each time");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kafka_that_is_not_there_is_an_outage() {
+    let spec = json!({ "brokers": "127.0.0.1:1", "topic": "orders", "timeout": "1s" });
+    let sink = open(&Kind::Kafka(Box::new(serde_json::from_value(spec).unwrap())), "".into());
+    let written = sink.write(&[operation(1, PAYLOADS[0])]).await;
+    assert_eq!(verdicts(&written), [(0, Verdict::Down)]);
+    assert!(written.failed[0].1.message.contains("127.0.0.1:1"), "{written:?}");
 }
 
 fn client(endpoint: &str) -> aws_sdk_sqs::Client {
@@ -227,4 +260,17 @@ async fn bodies_arrive_whatever_they_hold_and_one_that_is_too_large_is_alone() {
     assert_eq!(verdicts(&written), [(0, Verdict::Down)]);
     let message = &written.failed[0].1.message;
     assert!(message.contains("create-queue") && !message.contains("geheim"), "{message}");
+}
+
+#[tokio::test]
+async fn what_an_answer_of_sqs_does_not_name_was_not_delivered() {
+    let body = r#"{"Successful": [{"Id": "0", "MessageId": "m", "MD5OfMessageBody": "c4ca4238a0b923820dcc509a6f75849b"}],
+        "Failed": [{"Id": "2", "SenderFault": true, "Code": "AccessDenied", "Message": "no"},
+                   {"Id": "3", "SenderFault": true, "Code": "InvalidMessageContents", "Message": "no"}]}"#;
+    let web = Web::start_with(move |_| Answer::with(200, "content-type: application/x-amz-json-1.0\r\n", body)).await;
+    let sink = open(&queue(&web.url(""), &web.url("/1/orders"), json!({})), "".into());
+    let batch: Vec<_> = (0..4).map(|number| operation(number, "1")).collect();
+    let written = sink.write(&batch).await;
+    let expected = [(1, Verdict::Backoff), (2, Verdict::Down), (3, Verdict::Never)];
+    assert_eq!(verdicts(&written), expected, "{written:?}");
 }
