@@ -11,17 +11,16 @@ use sha2::{Digest as _, Sha256};
 
 use super::branches::Branches;
 use super::epoch;
-use super::plan::{Plan, Routing, ShelfKind, SourceKind, SourcePlan};
+use super::plan::{Plan, Routing};
 use crate::delay::{DEFAULT_MAX, Delay, DelayRule};
-use crate::source::foreign::open::SpecFault;
-use crate::source::{BranchName, kafka, postgres, redis, sqs};
+use crate::source::BranchName;
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
 use crate::spec::expand::child;
 use crate::spec::sink::ArmSpec;
 use crate::spec::text::Text;
-use crate::spec::{DelayFor, Loaded, PipelineSpec, ShelfSpec, SourceSpec, StageSpec};
+use crate::spec::{DelayFor, Loaded, PipelineSpec, StageSpec};
 use crate::transform::{
     CompileError, Compiler, Expression, PayloadSchema, Place, Predicate, StageKind, StageSource, Transform,
 };
@@ -78,9 +77,6 @@ pub fn make(loaded: &Loaded, environment: &Environment, compiler: &Compiler) -> 
     };
     Made { plan, diagnostics: loaded.diagnostics }
 }
-
-/// What a file has that names no shelf.
-static NO_SHELF: ShelfSpec = ShelfSpec { embedded: None, redis: None, postgres: None };
 
 /// Every stage list of a file.
 fn all_stages(spec: &PipelineSpec) -> impl Iterator<Item = &StageSpec> {
@@ -146,100 +142,7 @@ pub(super) struct Maker<'a> {
 }
 
 impl Maker<'_> {
-    fn source(&mut self, spec: &PipelineSpec) -> SourcePlan {
-        let source = &spec.source;
-        let kind = match source {
-            SourceSpec { kafka: Some(kafka), .. } => {
-                self.source_faults("/source/kafka", kafka::check(kafka));
-                SourceKind::Kafka(Box::new(kafka.clone()))
-            }
-            SourceSpec { redis: Some(redis), .. } => {
-                self.source_faults("/source/redis", redis::check(redis));
-                SourceKind::Redis(Box::new(redis.clone()))
-            }
-            SourceSpec { sqs: Some(sqs), .. } => {
-                self.source_faults("/source/sqs", sqs::check(sqs));
-                SourceKind::Sqs(Box::new(sqs.clone()))
-            }
-            SourceSpec { memory: Some(_), .. } => SourceKind::Memory,
-            _ => SourceKind::Embedded,
-        };
-        let waiting = self.shelf(&kind, source.shelf.as_ref());
-        SourcePlan {
-            kind,
-            shelf: waiting,
-            retention: source.embedded.clone().unwrap_or_default().retention,
-            backlog: source.backlog.clone(),
-            idempotency: source.idempotency.clone(),
-            limits: source.limits.clone(),
-            key: source.key.as_deref().map(Into::into),
-            schema: source.schema.as_deref().and_then(|path| self.schema(path)),
-        }
-    }
-
-    fn shelf(&mut self, kind: &SourceKind, spec: Option<&ShelfSpec>) -> ShelfKind {
-        let spec = spec.unwrap_or(&NO_SHELF);
-        let own = spec.embedded.is_some();
-        if own && kind.is_foreign() {
-            let message = "the embedded shelf is that of the embedded log";
-            let found = self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/embedded", true, message.to_owned());
-            self.found
-                .push(found.help("name a database that every instance reaches: `postgres: { url: … }`".to_owned()));
-        }
-        if let Some(postgres) = &spec.postgres {
-            self.source_faults("/source/shelf/postgres", postgres::check(postgres));
-            if !kind.is_foreign() {
-                let message = "the embedded log has a shelf of its own, which shares its durability";
-                let found =
-                    self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/postgres", true, message.to_owned());
-                self.found
-                    .push(found.help("leave the shelf out, or name a log that others keep: kafka or sqs".to_owned()));
-            }
-            return ShelfKind::Postgres(Box::new(postgres.clone()));
-        }
-        match (kind, &spec.redis) {
-            (SourceKind::Redis(source), shelf) => {
-                // It has a shelf beside its streams unless the file names another.
-                let shelf = shelf.clone().unwrap_or_default().beside(source);
-                self.source_faults("/source/shelf/redis", redis::check_shelf(&shelf));
-                ShelfKind::Redis(Box::new(shelf))
-            }
-            (kind, Some(shelf)) if kind.is_foreign() => {
-                self.source_faults("/source/shelf/redis", redis::check_shelf(shelf));
-                ShelfKind::Redis(Box::new(shelf.clone()))
-            }
-            (_, Some(_)) => {
-                let message = "the embedded log has a shelf of its own, which shares its durability".to_owned();
-                let found = self.loaded.diagnostic(Code::SourceSetting, "/source/shelf/redis", true, message);
-                self.found.push(found.help("leave the shelf out, or name a log that others keep".to_owned()));
-                ShelfKind::Own
-            }
-            (kind, None) if kind.is_foreign() => ShelfKind::None,
-            _ => ShelfKind::Own,
-        }
-    }
-
-    /// A queue gives each message once, so it has one reader.
-    fn one_branch(&mut self, source: &SourcePlan, branches: usize) {
-        if matches!(source.kind, SourceKind::Sqs(_)) && branches > 1 {
-            let message = format!("a queue has one branch, and this file has {branches}: each message is given once");
-            let found = self.loaded.diagnostic(Code::SourceSetting, "/source/sqs", true, message);
-            let help = "one sink in one region; or a queue and a file for each; or kafka, where every branch reads all";
-            self.found.push(found.help(help.to_owned()));
-        }
-    }
-
-    fn source_faults(&mut self, here: &str, faults: Vec<SpecFault>) {
-        for fault in faults {
-            let pointer = format!("{here}{}", fault.pointer);
-            if !self.loaded.is_pruned(&pointer) {
-                let found = self.loaded.diagnostic(Code::SourceSetting, &pointer, false, fault.message);
-                self.found.push(found.help(fault.help));
-            }
-        }
-    }
-
-    fn schema(&mut self, path: &str) -> Option<Arc<PayloadSchema>> {
+    pub(super) fn schema(&mut self, path: &str) -> Option<Arc<PayloadSchema>> {
         let neighbours = &self.loaded.neighbours;
         let mut read = |path: &Path| neighbours.read(&path.to_string_lossy()).map(String::into_bytes);
         match PayloadSchema::load(Path::new(path), &mut read) {

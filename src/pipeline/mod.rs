@@ -9,6 +9,7 @@ pub mod plan;
 mod print;
 mod report;
 pub mod revisions;
+mod sources;
 
 pub use dry_run::{DryRun, dry_run, dry_run_with};
 pub use epoch::{EpochError, from_epoch};

@@ -97,7 +97,7 @@ fn config_show_says_where_each_value_came_from() {
     let output = place.command(&["config", "show", "a"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let line = text.lines().find(|line| line.contains("concurrency")).unwrap();
-    assert!(line.contains("3") && line.ends_with("# walflow.yaml:2 (defaults)"), "{text}");
+    assert!(line.contains('3') && line.ends_with("# walflow.yaml:2 (defaults)"), "{text}");
     assert!(text.contains("# pipelines/a.yaml:1"), "{text}");
     let output = place.command(&["config", "show", "b"]).output().unwrap();
     assert_eq!(output.status.code(), Some(78));

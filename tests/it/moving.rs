@@ -1,4 +1,4 @@
-//! A namespace moves from the embedded log to a broker: nothing is lost, a key's order holds, and what waits goes along.
+//! A namespace moves from the embedded log to another: nothing is lost, a key's order holds, and what waits goes along.
 
 use std::collections::BTreeMap;
 
@@ -43,6 +43,18 @@ async fn write_keyed(running: &Running, namespace: &str, idempotency: &str, n: u
 #[ignore = "needs Kafka and PostgreSQL: run tests/run"]
 async fn from_the_embedded_log_to_kafka_with_a_shelf_in_postgres() {
     let namespace = unique("move");
+    moves_under_way(&namespace, &on_kafka(&namespace)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs Redis: run tests/run"]
+async fn from_the_embedded_log_to_redis_streams() {
+    let url = std::env::var("WALFLOW_TEST_REDIS").expect("WALFLOW_TEST_REDIS names a server: run tests/run");
+    moves_under_way(&unique("move"), &format!(", redis: {{ url: \"{url}\" }}")).await;
+}
+
+/// Writers go on while a namespace with something of everything moves to another log.
+async fn moves_under_way(namespace: &str, to: &str) {
     // 7 is refused; the key `stuck` is not taken for now.
     let judge = |open: bool| {
         move |received: &crate::harness::Received| match payload(received) {
@@ -52,22 +64,22 @@ async fn from_the_embedded_log_to_kafka_with_a_shelf_in_postgres() {
         }
     };
     let receiver = Receiver::judging(judge(false)).await;
-    let place = Place::new().pipeline("a.yaml", &file(&namespace, "", &receiver));
+    let place = Place::new().pipeline("a.yaml", &file(namespace, "", &receiver));
     let running = place.start().await;
     for n in 0..10 {
-        running.accepted(&namespace, None, json!({"n": n, "key": format!("k{}", n % 3)})).await;
+        running.accepted(namespace, None, json!({"n": n, "key": format!("k{}", n % 3)})).await;
     }
     for n in [20, 21] {
-        running.accepted(&namespace, None, json!({"n": n, "key": "stuck"})).await;
+        running.accepted(namespace, None, json!({"n": n, "key": "stuck"})).await;
     }
     for n in 22..30 {
-        running.accepted(&namespace, None, json!({"n": n, "key": format!("other{n}")})).await;
+        running.accepted(namespace, None, json!({"n": n, "key": format!("other{n}")})).await;
     }
-    let (status, first) = write_keyed(&running, &namespace, "once", 40).await;
+    let (status, first) = write_keyed(&running, namespace, "once", 40).await;
     assert_eq!(status, 202);
     let delayed = json!({"namespace": namespace, "payload": {"n": 50, "key": "later"}, "lifecycle": {"delay": 8}});
     assert_eq!(running.write(&delayed).await.unwrap().0, 202);
-    let waits = until_status(&running, &namespace, "one is dead, a key is set aside, one is parked", |status| {
+    let waits = until_status(&running, namespace, "one is dead, a key is set aside, one is parked", |status| {
         let branch = &status["branches"][0];
         branch["deadLetters"] == 1 && branch["setAside"] == 2 && branch["lagRecords"] == 0 && status["parked"] == 1
     })
@@ -76,10 +88,10 @@ async fn from_the_embedded_log_to_kafka_with_a_shelf_in_postgres() {
 
     // Writers go on meanwhile: each hears 503 or 202, and what it hears holds.
     let next = place.path("next.yaml");
-    std::fs::write(&next, file(&namespace, &on_kafka(&namespace), &receiver)).unwrap();
+    std::fs::write(&next, file(namespace, to, &receiver)).unwrap();
     let mut acknowledged = Vec::new();
     let moving = async {
-        let arguments = ["namespace", "move", &namespace, "--to", "next.yaml"];
+        let arguments = ["namespace", "move", namespace, "--to", "next.yaml"];
         let mut command = place.command(&arguments);
         command.env("WALFLOW_URL", &running.url);
         tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
@@ -99,13 +111,13 @@ async fn from_the_embedded_log_to_kafka_with_a_shelf_in_postgres() {
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{told}\n{}", running.log());
     assert!(told.contains("1 parked, 2 set aside, 1 dead letters, 1 idempotency keys"), "{told}");
-    assert!(std::fs::read_to_string(place.path("pipelines/a.yaml")).unwrap().contains("kafka"), "the file is switched");
+    assert!(std::fs::read_to_string(place.path("pipelines/a.yaml")).unwrap().contains(to), "the file is switched");
 
-    let (status, again) = write_keyed(&running, &namespace, "once", 40).await;
+    let (status, again) = write_keyed(&running, namespace, "once", 40).await;
     assert_eq!((status, &again["messageId"]), (202, &first["messageId"]), "the key is known: {again}");
-    assert_eq!(write_keyed(&running, &namespace, "once", 41).await.0, 422, "and for what");
-    running.accepted(&namespace, None, json!({"n": 60, "key": "stuck"})).await;
-    let status = until_status(&running, &namespace, "all that waits is there", |status| {
+    assert_eq!(write_keyed(&running, namespace, "once", 41).await.0, 422, "and for what");
+    running.accepted(namespace, None, json!({"n": 60, "key": "stuck"})).await;
+    let status = until_status(&running, namespace, "all that waits is there", |status| {
         status["branches"][0]["setAside"] == 3 && status["branches"][0]["deadLetters"] == 1
     })
     .await;
@@ -119,10 +131,10 @@ async fn from_the_embedded_log_to_kafka_with_a_shelf_in_postgres() {
     assert_eq!(numbers("stuck"), [20, 21, 60], "in its order");
     until("what was parked comes when it is due", || (numbers("later") == [50]).then_some(())).await;
     receiver.judge(|_| 200);
-    running.accepted(&namespace, None, json!({"n": 61, "key": "k1"})).await;
+    running.accepted(namespace, None, json!({"n": 61, "key": "k1"})).await;
     until("a later record of the dead one's key is delivered", || numbers("k1").contains(&61).then_some(())).await;
     let replay = format!("/api/v1/wal/namespace/{namespace}/dead-letters/replay");
-    until_status(&running, &namespace, "that is settled", |status| status["branches"][0]["inFlight"] == 0).await;
+    until_status(&running, namespace, "that is settled", |status| status["branches"][0]["inFlight"] == 0).await;
     let (_, refused) = running.post(&replay, &json!({})).await.unwrap();
     assert_eq!((&refused["replayed"], &refused["overtaken"]), (&json!(0), &json!(1)), "its key has moved on");
     let (_, replayed) = running.post(&replay, &json!({"force": true})).await.unwrap();

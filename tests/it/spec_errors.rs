@@ -58,7 +58,7 @@ sink:
         &[
             (
                 "queue.yaml",
-                "namespace: queue\nsource: { sqs: { queue: q } }\nsink:\n  fan_out: [{ name: a, stdout: {} }, { name: b, stdout: {} }]\n",
+                "namespace: queue\nsource: { sqs: { queue: q } }\nsink:\n  fan_out: { a: { stdout: {} }, b: { stdout: {} } }\n",
             ),
             (
                 "streams.yaml",
@@ -66,7 +66,7 @@ sink:
             ),
             (
                 "topic.yaml",
-                "namespace: topic\nsource: { kafka: { brokers: [], topic: t }, shelf: { embedded: {} } }\nsink: { stdout: {} }\n",
+                "namespace: topic\nsource: { kafka: { brokers: h, topic: t }, shelf: { embedded: {} } }\nsink: { stdout: {} }\n",
             ),
         ],
     ),
