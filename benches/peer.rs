@@ -2,7 +2,8 @@
 //!
 //! `peer echo PORT` answers each POST with the bytes it got. `peer sink PORT [MILLISECONDS]` counts records in JSON array or
 //! NDJSON bodies and answers `GET /count` with the number so far and the time of the last one; with a number it waits
-//! that long before each answer.
+//! that long before each answer. `peer copy BROKERS FROM TO COUNT` carries that many messages from a topic to another with
+//! one consumer and one producer of the client library, acks=all, and prints how many a second.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -42,8 +43,48 @@ fn records(body: &[u8]) -> u64 {
     count as u64
 }
 
+/// From one topic to the other; every delivery is awaited, as many at once as the producer's queue holds.
+async fn copy(brokers: &str, from: &str, to: &str, count: usize) -> rdkafka::error::KafkaResult<()> {
+    use rdkafka::consumer::{Consumer as _, StreamConsumer};
+    use rdkafka::producer::{FutureProducer, FutureRecord};
+    let mut config = rdkafka::ClientConfig::new();
+    config.set("bootstrap.servers", brokers).set("enable.idempotence", "true").set("linger.ms", "5");
+    let producer: FutureProducer = config.create()?;
+    let mut config = rdkafka::ClientConfig::new();
+    config.set("bootstrap.servers", brokers).set("auto.offset.reset", "earliest").set("enable.auto.commit", "false");
+    let consumer: StreamConsumer = config.set("group.id", format!("peer-{}", std::process::id())).create()?;
+    consumer.subscribe(&[from])?;
+    let mut began = None;
+    let mut messages = consumer.stream().take(count);
+    let mut under_way = futures::stream::FuturesUnordered::new();
+    while let Some(message) = messages.next().await {
+        let message = message?;
+        began.get_or_insert_with(std::time::Instant::now);
+        let record = FutureRecord::to(to)
+            .key(rdkafka::Message::key(&message).unwrap_or_default())
+            .payload(rdkafka::Message::payload(&message).unwrap_or_default());
+        under_way.push(producer.send_result(record).map_err(|(error, _)| error)?);
+        if under_way.len() >= 10_000 {
+            under_way.next().await.and_then(Result::ok).transpose().map_err(|(error, _)| error)?;
+        }
+    }
+    while let Some(delivery) = under_way.next().await {
+        delivery.ok().transpose().map_err(|(error, _)| error)?;
+    }
+    let seconds = began.map_or(0.0, |began| began.elapsed().as_secs_f64());
+    println!("one consumer, one producer: {:.0}/s", count as f64 / seconds);
+    Ok(())
+}
+
 #[tokio::main]
 async fn main() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let [kind, brokers, from, to, count] = words.as_slice()
+        && kind == "copy"
+    {
+        copy(brokers, from, to, count.parse().expect("a number")).await.expect("Kafka");
+        return;
+    }
     let mut words = std::env::args().skip(1).filter(|word| !word.starts_with("--"));
     let (kind, port) = (words.next(), words.next().and_then(|port| port.parse().ok()));
     let wait = words.next().and_then(|millis| millis.parse().ok()).map(Duration::from_millis);

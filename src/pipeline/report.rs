@@ -270,13 +270,13 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
         } else {
             "one record, except after a crash in between: then it may be appended twice, under one id"
         };
-        facts.push(fact("same key twice", twice));
+        facts.push(fact("a key again", twice));
     }
     if let ShelfKind::Postgres(shelf) = &source.shelf {
         let host = crate::source::postgres::shown(shelf);
         facts.push(fact("shelf", format!("{host}: what waits, what is dead, keys and revisions of the file")));
         facts.push(fact(
-            "same key twice",
+            "a key again",
             "one record, except after a crash in between: then it may be appended twice, under one id",
         ));
     }
@@ -285,7 +285,7 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
             "shelf",
             "none: a write with a delay is a 501, a failing key holds what is behind it, dead letters go to the broker",
         ));
-        facts.push(fact("same key twice", "may be appended twice; the key goes on to the sink"));
+        facts.push(fact("a key again", "may be appended twice; the key goes on to the sink"));
     }
     facts
 }

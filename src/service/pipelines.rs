@@ -196,9 +196,10 @@ impl Pipelines {
         };
         match (running, plan) {
             (Some(pipeline), Some(plan)) => {
-                // The same log, as its bounds may have changed; another one is refused there.
-                if plan.source.kind.is_foreign() || pipeline.plan().source.kind.is_foreign() {
-                    Logs::same_log(&name, &pipeline.plan(), &plan)?;
+                Logs::same_log(&name, &pipeline.plan(), &plan)?;
+                if !plan.source.kind.is_foreign() {
+                    // The log takes the bounds of the new plan.
+                    self.logs.namespace(&name, Some(&plan)).await?;
                 }
                 pipeline.apply(plan, config).await
             }

@@ -109,8 +109,23 @@ impl Event {
     /// A payload that a script made is JSON, whatever the record's was.
     fn refuse_binary(&self) -> Result<(), NotJson> {
         if self.record.binary && self.bytes == self.record.payload {
-            return Err(NotJson("it was written as payloadBase64".into()));
+            return Err(NotJson(what_it_is(&self.bytes)));
         }
         Ok(())
+    }
+}
+
+/// Confluent's serializers put a zero byte and the schema's number before what they write.
+#[cold]
+fn what_it_is(bytes: &[u8]) -> Arc<str> {
+    match *bytes {
+        [0, a, b, c, d, _, ..] => {
+            let schema = u32::from_be_bytes([a, b, c, d]);
+            format!(
+                "it is framed as by Confluent's Avro and Protobuf serializers (schema {schema}), and only JSON is read"
+            )
+            .into()
+        }
+        _ => "it was written as payloadBase64, or by a program that writes no JSON".into(),
     }
 }

@@ -114,6 +114,12 @@ mod payloads {
         let binary = Event::original(Arc::new(Record { binary: true, ..record("{}") }));
         let why = script("payload.a = 1;").run(binary).unwrap_err();
         assert!(why.message.contains("payloadBase64"), "{}", why.message);
+        let framed = Record {
+            binary: true,
+            ..Record::new(record("").id, record("").written_at, b"\0\0\0\x01\x02avro".to_vec().into())
+        };
+        let why = script("payload.a = 1;").run(Event::original(Arc::new(framed))).unwrap_err();
+        assert!(why.message.contains("Confluent's Avro and Protobuf serializers (schema 258)"), "{}", why.message);
     }
 
     #[test]

@@ -278,3 +278,25 @@ async fn what_came_under_any_former_name_goes_on_after_several_renames_and_a_res
     numbers.sort_unstable();
     assert_eq!(numbers, (0..10).chain(11..16).collect::<Vec<_>>());
 }
+
+#[tokio::test]
+async fn the_bounds_of_the_source_follow_the_file() {
+    let file = |limit: &str| {
+        format!("namespace: bounds\nsource: {{ limits: {{ record: {limit} }} }}\nsink: {{ stdout: {{}} }}\n")
+    };
+    let place = Place::new().pipeline("p.yaml", &file("1KiB"));
+    let running = place.start().await;
+    let large = json!({"namespace": "bounds", "payload": "x".repeat(2000)});
+    assert_eq!(running.write(&large).await.unwrap().0, 413);
+    place.put("p.yaml", &file("4KiB"));
+    reload(&running, 1).await;
+    assert_eq!(running.write(&large).await.unwrap().0, 202);
+    place.put("p.yaml", &file("1KiB"));
+    reload(&running, 2).await;
+    assert_eq!(running.write(&large).await.unwrap().0, 413);
+    // The log itself is not the file's to change while it runs.
+    place.put("p.yaml", "namespace: bounds\nsource: { memory: {} }\nsink: { stdout: {} }\n");
+    reload(&running, 3).await;
+    assert!(running.log().contains("its file names another log than the one it runs on"), "{}", running.log());
+    assert_eq!(running.write(&json!({"namespace": "bounds", "payload": 1})).await.unwrap().0, 202);
+}

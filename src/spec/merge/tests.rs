@@ -1,3 +1,5 @@
+//! What a pipeline takes from walflow.yaml, and what it does not.
+
 use std::collections::BTreeMap;
 
 use serde_json::json;
