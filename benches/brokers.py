@@ -75,7 +75,7 @@ def branch(verb, namespace, name):
 
 
 def lag(namespace):
-    return json.loads(ask("GET", f"/api/v1/wal/namespace/{namespace}")[1])["branches"][0]["lagRecords"]
+    return json.loads(ask("GET", f"/api/v1/wal/namespace/{namespace}/status")[1])["branches"][0]["lagRecords"]
 
 
 def resident(server):

@@ -5,6 +5,8 @@
 //! that long before each answer. `peer copy BROKERS FROM TO COUNT` carries that many messages from a topic to another with
 //! one consumer and one producer of the client library, acks=all, and prints how many a second.
 
+#![allow(clippy::print_stdout, clippy::cast_precision_loss, clippy::expect_used)]
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

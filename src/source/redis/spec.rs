@@ -65,7 +65,10 @@ pub enum Durability {
 pub struct RedisShelfSpec {
     /// `redis://…` or `rediss://…`. Default: the source's, where that is a Redis.
     pub url: Option<String>,
-    /// What the names of all keys begin with. Default: walflow.
+    /// The sentinels of the source beside it, where no `url` is named.
+    #[serde(skip)]
+    pub(super) sentinel: Option<SentinelSpec>,
+    /// What the names of all keys begin with. Default: the source's, where that is a Redis; else walflow.
     pub prefix: Option<String>,
     /// Whether a server that may lose what it confirmed is refused. Default: strict.
     pub durability: Durability,
@@ -106,6 +109,7 @@ impl fmt::Debug for RedisShelfSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisShelfSpec")
             .field("url", &self.url.as_deref().map(shown))
+            .field("sentinel", &self.sentinel)
             .field("prefix", &self.prefix)
             .field("durability", &self.durability)
             .field("timeout", &self.timeout)
@@ -148,8 +152,21 @@ impl RedisShelfSpec {
     pub fn beside(mut self, source: &RedisSourceSpec) -> Self {
         if self.url.is_none() {
             self.url.clone_from(&source.url);
+            self.sentinel.clone_from(&source.sentinel);
+            self.durability = source.durability;
         }
+        // Under one prefix on one server an idempotency key stands for one record, parked or appended.
+        self.prefix = self.prefix.or_else(|| source.prefix.clone());
+        self.timeout = self.timeout.or(source.timeout);
         self
+    }
+
+    pub(super) fn address(&self) -> Result<Address, SpecFault> {
+        match (&self.url, &self.sentinel) {
+            (Some(url), _) => of_url(url),
+            (None, Some(sentinel)) => sentinel.address(),
+            (None, None) => Err(SpecFault::new("/url", "there is no address", "url: redis://host:6379")),
+        }
     }
 }
 
@@ -220,7 +237,7 @@ pub fn check(spec: &RedisSourceSpec) -> Vec<SpecFault> {
 
 /// What cannot work in a `redis:` shelf; its address may be the source's.
 pub fn check_shelf(spec: &RedisShelfSpec) -> Vec<SpecFault> {
-    let mut faults: Vec<SpecFault> = spec.url.as_deref().and_then(|url| of_url(url).err()).into_iter().collect();
+    let mut faults: Vec<SpecFault> = spec.address().err().into_iter().collect();
     faults.extend(prefix_fault(spec.prefix.as_deref()));
     faults.extend(timeout_fault(spec.timeout));
     faults
@@ -229,6 +246,27 @@ pub fn check_shelf(spec: &RedisShelfSpec) -> Vec<SpecFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shelf_beside_streams_has_their_server_prefix_and_demands() {
+        let source: RedisSourceSpec = serde_yaml::from_str(
+            "{ sentinel: { urls: [\"redis://h:26379\"], master: m }, prefix: own, durability: weak, timeout: 9s }",
+        )
+        .unwrap();
+        let shelf = RedisShelfSpec::default().beside(&source);
+        assert!(check_shelf(&shelf).is_empty() && shelf.address().is_ok());
+        assert_eq!(
+            (shelf.prefix.as_deref(), shelf.durability, shelf.timeout),
+            (Some("own"), Durability::Weak, source.timeout)
+        );
+        let named = RedisShelfSpec { url: Some("redis://other".into()), ..RedisShelfSpec::default() }.beside(&source);
+        assert_eq!((named.sentinel, named.durability), (None, Durability::Strict));
+        assert_eq!(
+            check_shelf(&RedisShelfSpec::default()).len(),
+            1,
+            "beside a log that is no Redis it needs an address"
+        );
+    }
 
     #[test]
     fn settings_that_cannot_work_are_told_with_their_place_and_without_secrets() {

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::scripts::{CLAIM, CONFIRM, COUNTS, EPOCH, FORGET, LEAVE, OPEN, REFRESH, RENAME, TIDY};
 use super::link::{Call, Failed, Link, Text};
-use super::spec::{Durability, RedisShelfSpec, of_url};
+use super::spec::{Durability, RedisShelfSpec};
 use super::{known, names};
 use crate::clock::Timestamp;
 use crate::record::{Position, RecordId};
@@ -80,11 +80,7 @@ struct Shelf {
 pub async fn open(spec: &RedisShelfSpec, context: &Context) -> Result<Arc<dyn Store>, LogError> {
     let wrong =
         |why: String| LogError::Storage { act: "make a client for the shelf in Redis".into(), cause: why.into() };
-    let url = spec
-        .url
-        .as_deref()
-        .ok_or_else(|| wrong("there is no address: name one under source.shelf.redis.url".into()))?;
-    let address = of_url(url).map_err(|fault| wrong(fault.message))?;
+    let address = spec.address().map_err(|fault| wrong(fault.message))?;
     let strict = spec.durability == Durability::Strict || context.strict;
     let prefix = spec.prefix.as_deref();
     let shelf = Arc::new_cyclic(|this: &Weak<Shelf>| Shelf {
