@@ -271,8 +271,7 @@ impl Inner {
         if rows.is_empty() {
             return Ok(());
         }
-        let positions: Vec<i64> = rows.iter().map(|row| sql(row.position)).collect();
-        let children: Vec<i64> = rows.iter().map(|row| row.child.into()).collect();
+        let (positions, children) = as_arrays(rows);
         let text = self.sql(&format!(
             "DELETE FROM {{s}}.{table} AS r USING unnest($3::bigint[], $4::bigint[]) AS t(position, child)
              WHERE r.ns = $1 AND r.branch = $2 AND r.position = t.position AND r.child = t.child"
@@ -290,8 +289,7 @@ impl Inner {
         if rows.is_empty() {
             return Ok(());
         }
-        let positions: Vec<i64> = rows.iter().map(|row| sql(row.position)).collect();
-        let children: Vec<i64> = rows.iter().map(|row| row.child.into()).collect();
+        let (positions, children) = as_arrays(rows);
         let text = self.sql(
             "INSERT INTO {s}.tombstones SELECT $1, $2, t.position, t.child
              FROM unnest($3::bigint[], $4::bigint[]) AS t(position, child) ON CONFLICT DO NOTHING",
@@ -357,8 +355,7 @@ impl Inner {
         if rows.is_empty() {
             return Ok(());
         }
-        let positions: Vec<i64> = rows.iter().map(|row| sql(row.position)).collect();
-        let children: Vec<i64> = rows.iter().map(|row| row.child.into()).collect();
+        let (positions, children) = as_arrays(rows);
         let text = self.sql(
             "UPDATE {s}.dead AS r SET overtaken = true FROM unnest($3::bigint[], $4::bigint[]) AS t(position, child)
              WHERE r.ns = $1 AND r.branch = $2 AND r.position = t.position AND r.child = t.child",
@@ -585,3 +582,8 @@ const BY_BRANCH: [(&str, &str); 6] = [
     ("tombstones", "branch"),
     ("marks", "branch"),
 ];
+
+/// Rows as the two arrays that `unnest` puts together again.
+fn as_arrays(rows: &[RowKey]) -> (Vec<i64>, Vec<i64>) {
+    rows.iter().map(|row| (sql(row.position), i64::from(row.child))).unzip()
+}
