@@ -3,9 +3,7 @@
 //! The thread polls whether or not anybody reads, so the group sees us alive while a target is away. Each assignment is a
 //! session with a frontier of its own: once its parts are taken away nothing of it is committed any more.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
@@ -21,30 +19,27 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::message;
+use super::session::Session;
 use super::topic::first_offset;
 use crate::clock::Timestamp;
 use crate::connection::kafka::{METADATA_TIMEOUT, explain};
-use crate::record::Position;
+use crate::record::{Position, Record};
 use crate::source::foreign::broker::{Begin, Opened};
 use crate::source::{Entry, LogError, Reach, Subscription};
 
-/// Bytes that a branch may hold ready whatever others hold.
-const OWN_BYTES: usize = 256 << 10;
-/// Bytes that all branches of the process hold ready, about.
-const ALL_BYTES: usize = 64 << 20;
-/// Bytes that a branch holds ready at most.
-const MOST_BYTES: usize = 4 << 20;
 /// How often progress is committed.
 const COMMIT: Duration = Duration::from_millis(250);
 /// How long the thread waits for messages, and for room.
 const POLL: Duration = Duration::from_millis(100);
+/// How long a full branch leaves its partitions as they are. Pausing one throws away what was fetched of it, so that is for
+/// those that stay full.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Messages, and bytes of them, that are handed to the readers at once.
+const TURN: (usize, usize) = (512, 256 << 10);
 /// How long those who read may take to let go of parts that are taken away.
 const LEAVE: Duration = Duration::from_secs(25);
 /// How long a branch waits for its parts before it says that it has none.
 const JOIN: Duration = Duration::from_secs(30);
-
-/// Bytes that are held ready, over all branches.
-static HELD: AtomicUsize = AtomicUsize::new(0);
 
 /// A branch's membership in its group.
 pub(super) struct Member {
@@ -74,45 +69,6 @@ struct State {
     stopped: bool,
     generations: u64,
     trouble: Option<String>,
-}
-
-struct Session {
-    generation: u64,
-    parts: Vec<u16>,
-    frontier: Reach,
-    committed: Reach,
-    queue: VecDeque<Entry>,
-    bytes: usize,
-    /// Read and not behind the frontier, by their time.
-    times: VecDeque<(Position, Timestamp)>,
-    /// What a record weighs, with an eye to the latest.
-    usual_weight: u64,
-    /// Somebody reads it.
-    taken: bool,
-    /// Somebody has read of it before.
-    used: bool,
-    /// The thread has to go back to the frontier.
-    rewind: bool,
-    moved: CancellationToken,
-}
-
-impl Session {
-    fn clear(&mut self) {
-        HELD.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
-        self.queue.clear();
-        self.times.clear();
-    }
-
-    fn is_full(&self) -> bool {
-        self.bytes >= MOST_BYTES || (self.bytes >= OWN_BYTES && HELD.load(Ordering::Relaxed) >= ALL_BYTES)
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.clear();
-        self.moved.cancel();
-    }
 }
 
 /// What librdkafka calls, from the thread that polls.
@@ -200,20 +156,7 @@ impl Shared {
         let generation = state.generations;
         tracing::info!(group = %self.group, partitions = ?parts, "partitions assigned");
         state.trouble = None;
-        state.session = Some(Session {
-            generation,
-            parts,
-            committed: cursor.clone(),
-            frontier: cursor,
-            queue: VecDeque::new(),
-            bytes: 0,
-            times: VecDeque::new(),
-            usual_weight: 0,
-            taken: false,
-            used: false,
-            rewind: false,
-            moved: CancellationToken::new(),
-        });
+        state.session = Some(Session::new(generation, parts, cursor));
         drop(state);
         self.tell();
         Ok(())
@@ -260,7 +203,7 @@ impl Shared {
 
     /// The thread: polls until it is stopped.
     fn run(self: &Arc<Self>, consumer: &BaseConsumer<Callbacks>) {
-        let mut paused = false;
+        let (mut paused, mut full_since) = (false, None);
         let mut committed = Instant::now();
         loop {
             let mut state = self.state.lock();
@@ -280,9 +223,8 @@ impl Shared {
                 continue;
             }
             let wanted = self.upkeep(&mut state, &mut committed);
-            let full = state.session.as_ref().is_some_and(|session| {
-                session.is_full() || (paused && session.bytes > OWN_BYTES / 2 && session.bytes > MOST_BYTES / 2)
-            });
+            let full =
+                state.session.as_ref().is_some_and(|session| session.is_full() || (paused && session.is_half_full()));
             drop(state);
             match wanted {
                 Some(Upkeep::Rewind(from)) => {
@@ -298,17 +240,54 @@ impl Shared {
                 }
                 None => {}
             }
+            if !full {
+                full_since = None;
+            } else if full_since.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
+                self.wait_for_room();
+                continue;
+            }
             if full != paused
                 && let Ok(assignment) = consumer.assignment()
             {
                 let done = if full { consumer.pause(&assignment) } else { consumer.resume(&assignment) };
                 paused = if done.is_ok() { full } else { paused };
             }
-            match consumer.poll(POLL) {
-                None => {}
-                Some(Ok(message)) => self.arrived(&message),
-                Some(Err(error)) => self.refused(consumer, &error),
+            self.poll(consumer);
+        }
+    }
+
+    /// Waits until readers have taken something, or for what else changes, with a bound.
+    fn wait_for_room(&self) {
+        let mut state = self.state.lock();
+        let asked = state.stopped || state.rejoin;
+        if !asked && state.session.as_ref().is_some_and(|session| session.is_full() && !session.rewind) {
+            self.changed.wait_for(&mut state, POLL);
+        }
+    }
+
+    /// Waits for a message and takes what else is there with it.
+    fn poll(&self, consumer: &BaseConsumer<Callbacks>) {
+        let generation = self.state.lock().generations;
+        let (mut arrived, mut bytes, mut wait) = (Vec::new(), 0, POLL);
+        let mut error = None;
+        while arrived.len() < TURN.0 && bytes < TURN.1 {
+            match consumer.poll(wait) {
+                None => break,
+                Some(Ok(message)) => {
+                    let record = message::record(&message, self.number);
+                    bytes += record.weight();
+                    arrived.push((message::position(message.partition(), message.offset()), record));
+                }
+                Some(Err(refused)) => {
+                    error = Some(refused);
+                    break;
+                }
             }
+            wait = Duration::ZERO;
+        }
+        self.arrived(generation, arrived);
+        if let Some(error) = error {
+            self.refused(consumer, &error);
         }
     }
 
@@ -326,22 +305,19 @@ impl Shared {
         None
     }
 
-    fn arrived(&self, message: &rdkafka::message::BorrowedMessage<'_>) {
-        let position = message::position(message.partition(), message.offset());
-        let record = message::record(message, self.number);
-        let mut state = self.state.lock();
-        let Some(session) = &mut state.session else { return };
-        // What was fetched before the thread went back is not taken twice.
-        if session.rewind || !session.parts.contains(&position.part()) || session.frontier.covers(position) {
+    /// Puts what came into the queue of its session, if that is still the one of `generation`: a poll may take parts away
+    /// and give them anew, and those begin at what is committed.
+    fn arrived(&self, generation: u64, arrived: Vec<(Position, Record)>) {
+        if arrived.is_empty() {
             return;
         }
-        let weight = record.weight();
-        HELD.fetch_add(weight, Ordering::Relaxed);
-        session.bytes += weight;
-        let usual = session.usual_weight;
-        session.usual_weight = if usual == 0 { weight as u64 } else { (usual * 15 + weight as u64).div_ceil(16) };
-        session.times.push_back((position, record.written_at));
-        session.queue.push_back(Entry { position, record: Arc::new(record) });
+        let mut state = self.state.lock();
+        let Some(session) = state.session.as_mut().filter(|session| session.generation == generation) else { return };
+        // What was fetched before the thread went back is not taken twice.
+        if session.rewind {
+            return;
+        }
+        session.push(arrived);
         drop(state);
         self.news.notify_waiters();
     }
@@ -414,6 +390,8 @@ impl Member {
         config.set("partition.assignment.strategy", "range");
         config.set("queued.max.messages.kbytes", "2048").set("fetch.message.max.bytes", "1048576");
         config.set("fetch.wait.max.ms", "500").set("fetch.error.backoff.ms", "200");
+        // What is held is little on purpose: at the default of a second, a full queue once emptied would stay empty that long.
+        config.set("fetch.queue.backoff.ms", "5");
         config.set("isolation.level", "read_committed");
         let shared = Arc::new(Shared {
             topic: topic.to_owned(),
@@ -491,12 +469,7 @@ impl Member {
     pub(super) fn progress(&self, frontier: &Reach) {
         let mut state = self.shared.state.lock();
         let Some(session) = &mut state.session else { return };
-        for position in frontier.iter().filter(|position| session.parts.contains(&position.part())) {
-            session.frontier.advance(position);
-        }
-        while session.times.front().is_some_and(|(position, _)| session.frontier.covers(*position)) {
-            session.times.pop_front();
-        }
+        session.progress(frontier);
     }
 
     /// How far the parts are that are ours, the time of the oldest record that was read and has no end, and what a record of
@@ -504,7 +477,7 @@ impl Member {
     pub(super) fn standing(&self) -> (Reach, Option<Timestamp>, u64) {
         let state = self.shared.state.lock();
         state.session.as_ref().map_or((Reach::none(), None, 0), |session| {
-            (session.frontier.clone(), session.times.front().map(|(_, at)| *at), session.usual_weight)
+            (session.frontier.clone(), session.oldest(), session.usual_weight)
         })
     }
 
@@ -566,16 +539,11 @@ impl Parts {
         let Some(session) = state.session.as_mut().filter(|session| session.generation == self.generation) else {
             return Ok(None);
         };
-        let (mut entries, mut bytes) = (Vec::new(), 0);
-        while entries.len() < max_records.max(1)
-            && bytes <= max_bytes
-            && let Some(entry) = session.queue.pop_front()
-        {
-            bytes += entry.record.weight();
-            entries.push(entry);
+        let was_full = session.is_full();
+        let entries = session.take(max_records, max_bytes);
+        if was_full {
+            self.shared.changed.notify_all();
         }
-        session.bytes -= bytes;
-        HELD.fetch_sub(bytes, Ordering::Relaxed);
         Ok((!entries.is_empty()).then_some(entries))
     }
 }

@@ -6,6 +6,7 @@
 mod consumer;
 mod message;
 mod producer;
+mod session;
 mod spec;
 mod topic;
 
