@@ -3,7 +3,8 @@
 //! `peer echo PORT` answers each POST with the bytes it got. `peer sink PORT [MILLISECONDS]` counts records in JSON array or
 //! NDJSON bodies and answers `GET /count` with the number so far and the time of the last one; with a number it waits
 //! that long before each answer. `peer copy BROKERS FROM TO COUNT` carries that many messages from a topic to another with
-//! one consumer and one producer of the client library, acks=all, and prints how many a second.
+//! one consumer and one producer of the client library, acks=all, and prints how many a second. `peer append REDIS COUNT`
+//! appends so many records of 512 bytes to Redis Streams by the log itself, 50 calls of 100 records under way.
 
 #![allow(clippy::print_stdout, clippy::cast_precision_loss, clippy::expect_used)]
 
@@ -78,6 +79,44 @@ async fn copy(brokers: &str, from: &str, to: &str, count: usize) -> rdkafka::err
     Ok(())
 }
 
+/// What `redis-benchmark -c 50 -P 100` does with XADD, done by the log.
+async fn append(url: String, count: usize) {
+    use futures::stream::FuturesUnordered;
+    use walflow::clock::Clock;
+    use walflow::record::{Record, RecordId};
+    use walflow::source::foreign::open::Context;
+    use walflow::source::redis::{RedisSourceSpec, open};
+    let spec = RedisSourceSpec { url: Some(url), ..RedisSourceSpec::default() };
+    let clock = Clock::system();
+    let context = Context {
+        namespace: format!("peer-{}", std::process::id()).parse().expect("a name"),
+        number: 1,
+        clock: clock.clone(),
+        record_bytes: 1 << 20,
+        key_window: Duration::from_secs(1),
+        backlog_bytes: u64::MAX,
+        strict: false,
+    };
+    let log = open(&spec, &context).expect("a log");
+    let payload = Bytes::from(vec![b'x'; 512]);
+    let records = || {
+        let now = clock.now();
+        let record = || Arc::new(Record::new(RecordId::new(now, 0, 1, fastrand::u64(..)), now, payload.clone()));
+        (0..100).map(|_| record()).collect::<Vec<_>>()
+    };
+    let (began, mut under_way) = (std::time::Instant::now(), FuturesUnordered::new());
+    for _ in 0..count / 100 {
+        if under_way.len() >= 50 {
+            under_way.next().await;
+        }
+        let handed = log.append(records()).await.expect("taken");
+        under_way.push(async move { assert!(handed.await.iter().all(Result::is_ok), "not all are written") });
+    }
+    while under_way.next().await.is_some() {}
+    println!("appended to Redis Streams: {:.0}/s", count as f64 / began.elapsed().as_secs_f64());
+    log.close().await;
+}
+
 #[tokio::main]
 async fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -85,6 +124,12 @@ async fn main() {
         && kind == "copy"
     {
         copy(brokers, from, to, count.parse().expect("a number")).await.expect("Kafka");
+        return;
+    }
+    if let [kind, url, count] = words.as_slice()
+        && kind == "append"
+    {
+        append(url.clone(), count.parse().expect("a number")).await;
         return;
     }
     let mut words = std::env::args().skip(1).filter(|word| !word.starts_with("--"));

@@ -176,8 +176,12 @@ impl Logs {
             SourceKind::Sqs(spec) => (sqs::open(spec, &context)?, First::Earliest),
             SourceKind::Embedded | SourceKind::Memory => return Err(LogError::Unsupported("this log has no broker")),
         };
-        let pair =
-            Foreign::new(broker, store, Settings { key_window: context.key_window, number, first }, self.clock.clone());
+        let one_place_for_keys = match (&source.kind, &source.shelf) {
+            (SourceKind::Redis(streams), ShelfKind::Redis(shelf)) => shelf.is_beside(streams),
+            _ => false,
+        };
+        let settings_of_pair = Settings { key_window: context.key_window, number, first, one_place_for_keys };
+        let pair = Foreign::new(broker, store, settings_of_pair, self.clock.clone());
         let opened = both(&pair);
         self.foreign.lock().insert(name.clone(), OnBroker { pair, settings });
         Ok(opened)

@@ -55,6 +55,11 @@ impl Server {
         format!("127.0.0.1:{}", self.port)
     }
 
+    /// Where its data is.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Asks it to end, and waits.
     pub async fn stop(&self) {
         self.down(&[], self.folder.path()).await;

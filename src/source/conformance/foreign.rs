@@ -31,7 +31,8 @@ fn context(clock: &Clock) -> Context {
     }
 }
 
-const SETTINGS: Settings = Settings { key_window: KEY_WINDOW, number: 1, first: First::Earliest };
+const SETTINGS: Settings =
+    Settings { key_window: KEY_WINDOW, number: 1, first: First::Earliest, one_place_for_keys: false };
 
 /// A broker in memory with a shelf in PostgreSQL.
 pub(super) struct OnPostgres {

@@ -33,7 +33,7 @@ impl OnRedis {
         let broker = open(&source, &context).unwrap();
         // What it knows of the end is of the last look.
         broker.place().await.unwrap();
-        let settings = Settings { key_window: KEY_WINDOW, number: 1, first: First::Earliest };
+        let settings = Settings { key_window: KEY_WINDOW, number: 1, first: First::Earliest, one_place_for_keys: true };
         let pair = Arc::new(Foreign::new(broker, Some(store), settings, clock.clone()));
         Self { pair, namespace, clock }
     }

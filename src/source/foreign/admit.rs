@@ -205,7 +205,7 @@ impl Inner {
                 .filter(|draft| open(draft))
                 .map(|draft| (Arc::clone(&draft.record), draft.key.clone()))
                 .collect();
-            if let Some(exact) = self.broker.append_exactly(&pairs) {
+            if let Some(exact) = self.append_exactly(&pairs) {
                 return Ok(Appending::Exact(all, exact));
             }
             if let Some(store) = &self.store {
@@ -225,6 +225,12 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    /// By the broker itself, where no key is known to the shelf alone.
+    pub(super) fn append_exactly(&self, pairs: &[(Arc<Record>, Option<IdempotencyKey>)]) -> Option<HandedExactly> {
+        let alone = self.store.is_none() || self.settings.one_place_for_keys;
+        alone.then(|| self.broker.append_exactly(pairs)).flatten()
     }
 
     async fn claim(&self, store: &Arc<dyn Store>, drafts: &mut [Draft]) -> Result<(), AdmitError> {

@@ -56,6 +56,9 @@ pub enum Begin {
 pub struct Opened {
     /// Everything at or below has ended, for each part that is read here.
     pub cursor: Reach,
+    /// The newest that the broker has ever given to this branch, of each part, where it knows that: what lies beyond has no
+    /// end yet, whatever is remembered of a log that was there before and is gone.
+    pub given: Option<Reach>,
     /// The parts that are read here; `None` = all that there are.
     pub parts: Option<Vec<u16>>,
     /// The reader of those parts.

@@ -51,6 +51,9 @@ pub struct Settings {
     pub number: u32,
     /// Where a branch begins that exists since the first revision of the file.
     pub first: First,
+    /// What the broker and the shelf know of idempotency keys is the same. Else the shelf's word counts, for what is appended
+    /// and what is parked.
+    pub one_place_for_keys: bool,
 }
 
 /// Where the first branches of a namespace begin in a log that was there before.
@@ -213,8 +216,20 @@ impl Inner {
             None => StoredBranch::default(),
         };
         let mine = |position: Position| opened.parts.as_ref().is_none_or(|parts| parts.contains(&position.part()));
+        let mut ended: Vec<_> = stored.ended.into_iter().filter(|row| mine(row.position)).collect();
+        if let Some(given) = &opened.given {
+            let before = ended.len();
+            ended.retain(|row| given.covers(row.position));
+            if ended.len() < before {
+                tracing::error!(
+                    %branch, rows = before - ended.len(),
+                    "the shelf remembers records that the log does not know to have given: it has lost some, and what has their \
+                     numbers now is delivered as new"
+                );
+            }
+        }
         Ok(BranchStart {
-            ended: stored.ended.into_iter().filter(|row| mine(row.position)).collect(),
+            ended: ended.into_iter().collect(),
             lanes: stored.lanes.into_iter().filter(|lane| mine(lane.first.position)).collect(),
             pause: stored.pause,
             unclean_stops: stored.unclean_stops,
@@ -289,7 +304,7 @@ impl Log for Foreign {
             max_delay: if has_store { None } else { broker.delay },
             schedule: has_store,
             ordered: broker.ordered,
-            exact_keys: self.inner.broker.append_exactly(&[]).is_some(),
+            exact_keys: self.inner.append_exactly(&[]).is_some(),
             look_up: false,
             durable: broker.durable,
             set_aside: has_store,

@@ -138,6 +138,7 @@ impl Broker for MemoryBroker {
         let subscription = Reader { broker, after: cursor, end: self.end.subscribe(), closed };
         ready(Ok(Opened {
             cursor: cursor.into(),
+            given: None,
             parts: None,
             subscription: Box::new(subscription),
             moved: CancellationToken::new(),

@@ -10,10 +10,12 @@ use super::{First, Foreign, Settings};
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Record, RecordId};
 use crate::source::postgres::{self, PostgresShelfSpec};
+use crate::source::redis::{self, RedisSourceSpec};
 use crate::source::{Admitted, BranchName, DeadQuery, IdempotencyKey, Log as _, Shelf as _, Start, Write};
 
 const NOW: Timestamp = Timestamp::from_millis(1_764_000_000_000);
-const SETTINGS: Settings = Settings { key_window: Duration::from_secs(3_600), number: 1, first: First::Earliest };
+const SETTINGS: Settings =
+    Settings { key_window: Duration::from_secs(3_600), number: 1, first: First::Earliest, one_place_for_keys: false };
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn context(clock: &Clock) -> Context {
@@ -168,4 +170,21 @@ async fn a_replay_is_heard_by_every_process_that_has_the_branch_open() {
         let lanes = tokio::time::timeout(PATIENCE, handle.replayed_lanes(&branch)).await.expect("it is told");
         assert_eq!((lanes.len(), lanes[0].first), (1, row));
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs Redis and PostgreSQL: run tests/run"]
+async fn a_key_parked_on_another_server_than_the_log_is_known_to_what_is_appended() {
+    let clock = Clock::manual(NOW);
+    let context = context(&clock);
+    let url = Some(std::env::var("WALFLOW_TEST_REDIS").expect("WALFLOW_TEST_REDIS: run tests/run"));
+    let spec = RedisSourceSpec { url, streams: Some(1), ..RedisSourceSpec::default() };
+    let broker = redis::open(&spec, &context).unwrap();
+    let pair = Foreign::new(broker, Some(shelf(&context).await), SETTINGS, clock.clone());
+    let write = |due_at| Write { record: (*record(1, None)).clone(), due_at, idempotency: Some(key("once")) };
+    let parked = pair.admit(vec![write(Some(after(5)))]).await.unwrap();
+    let [Admitted::Parked { id, .. }] = parked[..] else { panic!("{parked:?}") };
+    let again = pair.admit(vec![write(None)]).await.unwrap();
+    assert!(matches!(again[..], [Admitted::Repeated { id: known, .. }] if known == id), "{again:?}");
+    pair.close().await;
 }

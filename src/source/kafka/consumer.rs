@@ -16,7 +16,6 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 use super::message;
 use super::session::Session;
@@ -449,6 +448,7 @@ impl Member {
                     }
                     return Ok(Opened {
                         cursor: session.frontier.clone(),
+                        given: None,
                         parts: Some(session.parts.clone()),
                         subscription: Box::new(Parts {
                             shared: Arc::clone(&self.shared),

@@ -52,14 +52,6 @@ impl Ends {
         }
     }
 
-    /// The stream was lost and counts anew.
-    pub(super) fn reset(&self, part: u16, offset: u64) {
-        if let Some(end) = self.0.get(usize::from(part)) {
-            end.newest.store(offset, Ordering::Relaxed);
-            end.times.lock().clear();
-        }
-    }
-
     pub(super) fn of(&self, part: u16) -> u64 {
         self.0.get(usize::from(part)).map_or(0, |end| end.newest.load(Ordering::Relaxed))
     }
@@ -83,7 +75,5 @@ mod tests {
         assert_eq!((ends.of(1), ends.first_after(1, 0), ends.first_after(1, 5)), (7, Some(at(50)), Some(at(70))));
         ends.looked(&[(0, None), (9, Some(6))]);
         assert_eq!((ends.of(1), ends.first_after(1, 0), ends.first_after(0, 0)), (9, Some(at(70)), None));
-        ends.reset(1, 1);
-        assert_eq!((ends.of(1), ends.first_after(1, 0)), (1, None));
     }
 }

@@ -13,10 +13,11 @@ use parking_lot::Mutex;
 use redis::Value;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::ends::Ends;
+use super::fence;
 use super::link::{Call, Failed, Link};
 use super::names::{self, Names};
 use super::reader;
@@ -134,6 +135,7 @@ impl Shared {
 
     /// Makes sure of the groups; gives each stream, its cursor and what its group was given last.
     async fn begin(&self, parts: &[u16]) -> Result<Vec<(u16, u64, u64)>, Failed> {
+        fence::raise(&self.link, &self.names, &self.ends, parts.iter().copied()).await?;
         let mut found = Vec::with_capacity(parts.len());
         for part in parts {
             let (from, known) = {
@@ -148,7 +150,6 @@ impl Shared {
                     "the consumer group was gone, and what it had not finished may be lost with its stream: it goes on with \
                      everything that the stream holds now"
                 );
-                self.ends.reset(*part, group.end);
             }
             self.ends.at_least(*part, group.end);
             self.state.lock().known.insert(*part);
@@ -256,14 +257,16 @@ impl Shared {
                     let waits = self.state.lock().session.as_ref().is_some_and(Session::has_acks);
                     if waits {
                         tokio::time::sleep(GATHER).await;
-                        self.flush().await;
+                        timeout_at(*renewed + (LEASE - MARGIN), self.flush()).await.map_err(|_| self.silent())?;
                     }
                     continue;
                 }
                 () = self.stop.cancelled() => return Ok(ours.len()),
             }
             let asked = Instant::now();
-            match self.hold(false, false).await {
+            // A server that says nothing may have given the streams to another by then.
+            let held = timeout_at(*renewed + (LEASE - MARGIN), self.hold(false, false)).await;
+            match held.map_err(|_| self.silent())? {
                 Ok(holds) => {
                     if holds.ours != ours {
                         let why = "others took them, or the server has lost what it knew".into();
@@ -291,6 +294,11 @@ impl Shared {
                 }
             }
         }
+    }
+
+    fn silent(&self) -> LogError {
+        let act = format!("keep the streams of group {}", self.group).into();
+        LogError::Storage { act, cause: format!("{}: no answer in time", self.link.shown()).into() }
     }
 
     /// Waits, with a bound, until nobody reads the session any more.
@@ -332,7 +340,11 @@ impl Shared {
                 .arg(set.map(|set| format!("0-{set}")).unwrap_or_default())
                 .args(ids.iter().map(|id| format!("0-{id}")));
             match self.link.script(&call, false).await {
-                Ok(Value::Int(1)) => {}
+                Ok(Value::Int(1)) => {
+                    if let Some((set, session)) = set.zip(self.state.lock().session.as_mut()) {
+                        session.was_set(*part, set);
+                    }
+                }
                 Ok(_) => {
                     tracing::warn!(
                         group = %self.group, stream = part,
@@ -440,6 +452,7 @@ impl Member {
                     let reader = session.begin_reading();
                     let opened = Opened {
                         cursor: session.frontier.clone(),
+                        given: Some(session.given()),
                         parts: Some(session.parts()),
                         moved: session.moved.clone(),
                         subscription: Box::new(Parts {

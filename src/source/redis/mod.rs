@@ -7,6 +7,7 @@
 mod append;
 mod ends;
 mod facts;
+mod fence;
 mod group;
 mod known;
 mod link;
@@ -18,7 +19,6 @@ pub mod shelf;
 mod spec;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicU16, AtomicU64};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -26,13 +26,11 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 use redis::{Pipeline, Value};
-use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use self::append::{Item, Job, Writer};
+use self::append::Writers;
 use self::ends::Ends;
 use self::group::{Member, begin_group};
 use self::link::{Call, Failed, Link};
@@ -52,8 +50,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const KEEP: Duration = Duration::from_secs(30);
 /// … unless it takes more than this, about.
 const KEEP_BYTES: u64 = 64 << 20;
-/// Calls that wait for the server at most.
-const WAITING: usize = 16_384;
 /// What an entry takes about, before anything is known.
 const USUAL: u64 = 512;
 /// Entries in one page of a search.
@@ -85,14 +81,15 @@ impl Looked {
 
 struct Streams {
     this: Weak<Self>,
+    /// For reads and holds.
     link: Arc<Link>,
     names: Names,
     context: Context,
     durable: bool,
     instance: String,
     ends: Arc<Ends>,
-    jobs: Mutex<Option<mpsc::Sender<Job>>>,
-    writer: Mutex<Option<JoinHandle<()>>>,
+    writers: Mutex<Option<Arc<Writers>>>,
+    writing: Mutex<Vec<JoinHandle<()>>>,
     branches: Mutex<BTreeMap<BranchName, Arc<Member>>>,
     looked: Mutex<Looked>,
     closed: CancellationToken,
@@ -112,19 +109,13 @@ fn start(spec: &RedisSourceSpec, context: &Context) -> Result<Arc<Streams>, LogE
         cause: format!("{}: {}", fault.pointer, fault.message).into(),
     };
     let durable = spec.durability == Durability::Strict || context.strict;
-    let link = Arc::new(Link::new(spec.address().map_err(wrong)?, spec.timeout(), durable));
+    let address = spec.address().map_err(wrong)?;
+    let link = Arc::new(Link::new(address.clone(), spec.timeout(), durable));
     let names = Names::new(spec.prefix.as_deref(), &context.namespace, spec.streams());
     let ends = Arc::new(Ends::new(names.streams));
-    let (jobs, waiting) = mpsc::channel(WAITING);
-    let writer = Writer {
-        link: Arc::clone(&link),
-        names: names.clone(),
-        context: context.clone(),
-        ends: Arc::clone(&ends),
-        round: AtomicU16::new(0),
-        loaded: AtomicU64::new(0),
-    };
-    let writer = tokio::spawn(append::run(writer, waiting));
+    // Their connections are their own: what waits for the disk would make reads and renewals of holds wait with it.
+    let own = || Link::new(address.clone(), spec.timeout(), durable);
+    let (writers, writing) = Writers::start(own, &names, context, &ends);
     let streams = Arc::new_cyclic(|this: &Weak<Streams>| Streams {
         this: this.clone(),
         link,
@@ -133,8 +124,8 @@ fn start(spec: &RedisSourceSpec, context: &Context) -> Result<Arc<Streams>, LogE
         durable,
         instance: format!("{}-{:016x}", std::process::id(), fastrand::u64(..)),
         ends,
-        jobs: Mutex::new(Some(jobs)),
-        writer: Mutex::new(Some(writer)),
+        writers: Mutex::new(Some(Arc::new(writers))),
+        writing: Mutex::new(writing),
         branches: Mutex::default(),
         looked: Mutex::default(),
         closed: CancellationToken::new(),
@@ -227,7 +218,10 @@ fn closed() -> AdmitError {
 
 impl Streams {
     /// Hands records to the writer; they have their place then.
-    fn hand_over(&self, items: Vec<Item>) -> Result<oneshot::Receiver<Vec<Result<Exactly, AdmitError>>>, AdmitError> {
+    fn hand_over(
+        &self,
+        records: Vec<(Arc<Record>, Option<IdempotencyKey>)>,
+    ) -> Result<BoxFuture<'static, Vec<Result<Exactly, AdmitError>>>, AdmitError> {
         if self.closed.is_cancelled() {
             return Err(closed());
         }
@@ -235,13 +229,8 @@ impl Streams {
         if bytes > self.context.backlog_bytes {
             return Err(AdmitError::BacklogFull { bytes, limit: self.context.backlog_bytes });
         }
-        let (answer, wait) = oneshot::channel();
-        let Some(jobs) = self.jobs.lock().clone() else { return Err(closed()) };
-        match jobs.try_send(Job { items, answer }) {
-            Ok(()) => Ok(wait),
-            Err(TrySendError::Full(_)) => Err(AdmitError::Busy { retry_after: LOOK_EVERY }),
-            Err(TrySendError::Closed(_)) => Err(closed()),
-        }
+        let writers = self.writers.lock().clone().ok_or_else(closed)?;
+        writers.hand_over(records)
     }
 
     fn member(&self, branch: &BranchName, begin: &Begin) -> Arc<Member> {
@@ -324,22 +313,22 @@ impl Broker for Streams {
     fn trouble(&self) -> Option<String> {
         let of_branches =
             || self.branches.lock().iter().find_map(|(name, member)| Some(format!("{name}: {}", member.trouble()?)));
-        self.link.trouble().map(|why| why.to_string()).or_else(of_branches)
+        let of_writers = || self.writers.lock().as_ref()?.links().find_map(|link| link.trouble());
+        let trouble = self.link.trouble().or_else(of_writers);
+        trouble.map(|why| why.to_string()).or_else(of_branches)
     }
 
     fn append(&self, records: Vec<Arc<Record>>) -> BoxFuture<'static, Result<Handed, AdmitError>> {
-        let count = records.len();
         let handed = self.hand_over(records.into_iter().map(|record| (record, None)).collect());
         let lost = || Err(AdmitError::Unknown { reason: "the writer has ended".into() });
         let answers = handed.map(|wait| {
             async move {
-                let Ok(results) = wait.await else { return (0..count).map(|_| lost()).collect() };
                 let position = |result| match result {
                     Ok(Exactly::Appended(position)) => Ok(position),
                     Ok(Exactly::Known(_)) => lost(),
                     Err(error) => Err(error),
                 };
-                results.into_iter().map(position).collect()
+                wait.await.into_iter().map(position).collect()
             }
             .boxed()
         });
@@ -351,8 +340,7 @@ impl Broker for Streams {
             return Some(ready(Ok(Vec::new())).boxed());
         }
         let handed = self.hand_over(records.to_vec());
-        let lost = |_| AdmitError::Unknown { reason: "the writer has ended".into() };
-        Some(async move { handed?.await.map_err(lost) }.boxed())
+        Some(async move { Ok(handed?.await) }.boxed())
     }
 
     fn prepare(&self, branch: &BranchName, begin: Begin) -> BoxFuture<'static, Result<(), LogError>> {
@@ -455,7 +443,9 @@ impl Broker for Streams {
     fn bury(&self, letters: Vec<DeadLetter>) -> BoxFuture<'static, Result<(), LogError>> {
         self.with(|streams| async move {
             let act = || format!("write dead letters to stream {}", streams.names.dead());
-            let open = streams.link.open().await.map_err(|failed| failed.storage(act()))?;
+            let writers = streams.writers.lock().clone();
+            let link = writers.as_ref().and_then(|writers| writers.links().next()).unwrap_or(&streams.link);
+            let open = link.open().await.map_err(|failed| failed.storage(act()))?;
             let mut pipeline = Pipeline::new();
             for letter in &letters {
                 let mut body = Vec::new();
@@ -490,15 +480,15 @@ impl Broker for Streams {
                     .arg(body);
             }
             if open.facts.waits {
-                pipeline.add_command(streams.link.wait_for_disk());
+                pipeline.add_command(link.wait_for_disk());
             }
-            let answers = streams.link.run(&open, &mut pipeline).await.map_err(|failed| failed.storage(act()))?;
+            let answers = link.run(&open, &mut pipeline).await.map_err(|failed| failed.storage(act()))?;
             let last = answers.len().saturating_sub(1);
             for (index, answer) in answers.into_iter().enumerate() {
                 let done = if open.facts.waits && index == last {
-                    streams.link.is_on_disk(answer)
+                    link.is_on_disk(answer)
                 } else {
-                    streams.link.answer(answer).map(|_| ())
+                    link.answer(answer).map(|_| ())
                 };
                 done.map_err(|failed| failed.storage(act()))?;
             }
@@ -509,12 +499,13 @@ impl Broker for Streams {
     fn close(&self) -> BoxFuture<'static, ()> {
         self.closed.cancel();
         let members: Vec<_> = std::mem::take(&mut *self.branches.lock()).into_values().collect();
-        // The writer ends when it has written what waits.
-        drop(self.jobs.lock().take());
-        let writer = self.writer.lock().take();
+        // Writers end when they have written what waits.
+        drop(self.writers.lock().take());
+        let writing = std::mem::take(&mut *self.writing.lock());
         async move {
             futures::future::join_all(members.iter().map(|member| member.leave())).await;
-            if let Some(writer) = writer {
+            for writer in writing {
+                // One that panicked has answered "unknown".
                 let _ = writer.await;
             }
         }

@@ -7,6 +7,7 @@ use redis::Value;
 use redis::aio::MultiplexedConnection;
 use tokio_util::sync::CancellationToken;
 
+use super::fence;
 use super::group::{BACKOFF, RENEW, Shared};
 use super::link::{BLOCK, Call, Failed};
 use super::names;
@@ -83,7 +84,8 @@ pub(super) async fn read(shared: Arc<Shared>, generation: u64, stop: Cancellatio
                 }
             }
             Err(failed) => {
-                if matches!(failed, Failed::Refused(_)) && failed.why().contains("NOGROUP") {
+                let anew = ["NOGROUP", "WENTBACK"].iter().any(|code| failed.why().contains(code));
+                if matches!(failed, Failed::Refused(_)) && anew {
                     shared.state.lock().broken = Some(shared.storage("read the streams", &failed));
                     shared.work.notify_one();
                     return;
@@ -115,7 +117,8 @@ async fn fetch(shared: &Shared, wanted: &Wanted) -> Result<Vec<(u16, u64, Got)>,
         .arg(shared.token())
         .arg(shared.group.as_str())
         .number(wanted.count)
-        .args(wanted.parts.iter().map(|(_, after)| from(after)));
+        .args(wanted.parts.iter().map(|(_, after)| from(after)))
+        .args(wanted.given.iter().map(u64::to_string));
     let answer = shared.link.script(&call, false).await?;
     let mut got = Vec::new();
     let streams = if let Value::Array(streams) = answer { streams } else { Vec::new() };
@@ -137,7 +140,12 @@ fn entry_of(shared: &Shared, part: u16, entry: Value) -> Option<(u16, u64, Got)>
     let id: String = redis::from_redis_value(entry.next()?).ok()?;
     let offset = names::offset(&id)?;
     let Some(Value::Array(fields)) = entry.next() else { return Some((part, offset, Got::Gone)) };
-    let Some(Value::BulkString(body)) = fields.into_iter().nth(1) else { return Some((part, offset, Got::Gone)) };
+    let mut fields = fields.into_iter();
+    let skipped = matches!(fields.next(), Some(Value::BulkString(name)) if name == fence::MARK);
+    if skipped {
+        return Some((part, offset, Got::Skipped));
+    }
+    let Some(Value::BulkString(body)) = fields.next() else { return Some((part, offset, Got::Gone)) };
     match Record::decode(&Bytes::from(body)) {
         Ok(record) => Some((part, offset, Got::Record(Box::new(record)))),
         Err(error) => {

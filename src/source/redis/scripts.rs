@@ -104,8 +104,33 @@ return { made, given, pending[2] or '', last_of(KEYS[1]) }
 ",
 );
 
-/// Reads as a group, if every stream is still held.
-/// KEYS: leases, then streams. ARGV: token, group, most entries a stream, then for each stream where to read.
+/// Lets streams go on after what is known to have been there. KEYS: streams. ARGV: for each the newest number that is known.
+/// Gives for each where it ended if that was before, else -1.
+pub(super) static FENCE: Text = Text::new(
+    r"
+local out = {}
+for i, key in ipairs(KEYS) do
+  local last = 0
+  if redis.call('EXISTS', key) == 1 then
+    local info = redis.call('XINFO', 'STREAM', key)
+    for j = 1, #info, 2 do
+      if info[j] == 'last-generated-id' then last = tonumber(string.match(info[j + 1], '%-(%d+)$')) end
+    end
+  end
+  if last < tonumber(ARGV[i]) then
+    redis.call('XADD', key, string.format('0-%.0f', tonumber(ARGV[i]) + 1), 'skipped', last)
+    out[i] = last
+  else
+    out[i] = -1
+  end
+end
+return out
+",
+);
+
+/// Reads as a group, if every stream is still held and the group is not behind what it was given.
+/// KEYS: leases, then streams. ARGV: token, group, most entries a stream, then for each stream where to read, then for each the
+/// newest number that the group was given.
 pub(super) static FETCH: Text = Text::new(
     r"
 local count = #KEYS / 2
@@ -117,7 +142,20 @@ for i = 1, count do
   end
 end
 local read = { 'XREADGROUP', 'GROUP', ARGV[2], 'walflow', 'COUNT', ARGV[3], 'STREAMS' }
-for i = 1, count do read[#read + 1] = KEYS[count + i] end
+for i = 1, count do
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[count + i])) do
+    local fields = {}
+    for j = 1, #group, 2 do fields[group[j]] = group[j + 1] end
+    if fields['name'] == ARGV[2] then
+      local given = tonumber(string.match(fields['last-delivered-id'], '%-(%d+)$'))
+      if given < tonumber(ARGV[3 + count + i]) then
+        return redis.error_reply(string.format('WENTBACK group %s of %s was given entries up to 0-%s, and the server says 0-%.0f',
+          ARGV[2], KEYS[count + i], ARGV[3 + count + i], given))
+      end
+    end
+  end
+  read[#read + 1] = KEYS[count + i]
+end
 for i = 1, count do read[#read + 1] = ARGV[3 + i] end
 return redis.call(unpack(read))
 ",

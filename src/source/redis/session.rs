@@ -25,8 +25,10 @@ static HELD: AtomicUsize = AtomicUsize::new(0);
 /// One stream.
 #[derive(Clone, Debug)]
 struct Part {
-    /// The newest entry that was given to the group.
+    /// The newest entry that was given to the group, or that has ended.
     read: u64,
+    /// The newest entry that the server says it has given to the group: it never goes back unless the server did.
+    given: u64,
     /// The pending list is still being gone through, after this entry.
     pending_after: Option<u64>,
     /// The group goes on after this entry, which it has not read.
@@ -64,6 +66,8 @@ pub(super) struct Wanted {
     pub(super) turn: u64,
     /// Each stream, and after which entry of the pending list; `None` = what is new.
     pub(super) parts: Vec<(u16, Option<u64>)>,
+    /// For each stream the newest entry that the group was given.
+    pub(super) given: Vec<u64>,
     pub(super) count: usize,
 }
 
@@ -75,12 +79,14 @@ pub(super) enum Got {
     Record(Box<Record>),
     /// Its id is pending, and its body is gone.
     Gone,
+    /// It stands for numbers that were skipped.
+    Skipped,
 }
 
 impl Session {
     /// `begun`: each stream, where its cursor is and what the group was given last.
     pub(super) fn new(generation: u64, begun: &[(u16, u64, u64)]) -> Self {
-        let part = |read| Part { read, pending_after: Some(0), set: None };
+        let part = |read| Part { read, given: read, pending_after: Some(0), set: None };
         Self {
             generation,
             frontier: begun.iter().map(|(part, cursor, _)| Position::in_part(*part, *cursor)).collect(),
@@ -143,6 +149,7 @@ impl Session {
         Some(Wanted {
             turn: self.turn,
             parts: self.parts.iter().map(|(number, part)| (*number, part.pending_after)).collect(),
+            given: self.parts.values().map(|part| part.given).collect(),
             count: count.clamp(1, PAGE),
         })
     }
@@ -162,6 +169,7 @@ impl Session {
             last.insert(number, offset);
             let Some(part) = self.parts.get_mut(&number) else { continue };
             part.read = part.read.max(offset);
+            part.given = part.given.max(offset);
             let position = Position::in_part(number, offset);
             if self.frontier.covers(position) || self.ended.contains(&position) {
                 // Its end is on its way to the server, or the answer to that was lost.
@@ -173,6 +181,10 @@ impl Session {
                 continue;
             }
             match got {
+                Got::Skipped => {
+                    self.acks.entry(number).or_default().push(offset);
+                    self.ended.insert(position);
+                }
                 Got::Gone => {
                     gone.push(position);
                     self.acks.entry(number).or_default().push(offset);
@@ -272,6 +284,18 @@ impl Session {
         let set: BTreeMap<u16, u64> = self.parts.iter_mut().filter_map(set).collect();
         set.keys().for_each(|number| _ = acks.entry(*number).or_default());
         acks.into_iter().map(|(number, ids)| (number, ids, set.get(&number).copied())).collect()
+    }
+
+    /// The group of the stream goes on there, the server says.
+    pub(super) fn was_set(&mut self, number: u16, offset: u64) {
+        if let Some(part) = self.parts.get_mut(&number) {
+            part.given = part.given.max(offset);
+        }
+    }
+
+    /// For each stream the newest entry that the group was given.
+    pub(super) fn given(&self) -> Reach {
+        self.parts.iter().map(|(number, part)| Position::in_part(*number, part.given)).collect()
     }
 
     /// It has not heard it.

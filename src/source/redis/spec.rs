@@ -161,6 +161,11 @@ impl RedisShelfSpec {
         self
     }
 
+    /// True when the streams' keys are its own: it is there where they are, under the same prefix.
+    pub fn is_beside(&self, source: &RedisSourceSpec) -> bool {
+        (&self.url, &self.sentinel, &self.prefix) == (&source.url, &source.sentinel, &source.prefix)
+    }
+
     pub(super) fn address(&self) -> Result<Address, SpecFault> {
         match (&self.url, &self.sentinel) {
             (Some(url), _) => of_url(url),
@@ -254,13 +259,15 @@ mod tests {
         )
         .unwrap();
         let shelf = RedisShelfSpec::default().beside(&source);
+        assert!(shelf.is_beside(&source));
         assert!(check_shelf(&shelf).is_empty() && shelf.address().is_ok());
         assert_eq!(
             (shelf.prefix.as_deref(), shelf.durability, shelf.timeout),
             (Some("own"), Durability::Weak, source.timeout)
         );
         let named = RedisShelfSpec { url: Some("redis://other".into()), ..RedisShelfSpec::default() }.beside(&source);
-        assert_eq!((named.sentinel, named.durability), (None, Durability::Strict));
+        assert!(!named.is_beside(&source));
+        assert_eq!((&named.sentinel, named.durability), (&None, Durability::Strict));
         assert_eq!(
             check_shelf(&RedisShelfSpec::default()).len(),
             1,

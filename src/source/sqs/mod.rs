@@ -282,7 +282,13 @@ impl Broker for Sqs {
                 }
             }
             let (reader, cursor) = receiving.open().await;
-            Ok(Opened { cursor, parts: None, subscription: Box::new(reader), moved: CancellationToken::new() })
+            Ok(Opened {
+                cursor,
+                given: None,
+                parts: None,
+                subscription: Box::new(reader),
+                moved: CancellationToken::new(),
+            })
         }
         .boxed()
     }

@@ -12,7 +12,8 @@ async fn without_a_shelf_a_pair_admits_delays_a_little_and_buries() {
     let dead = format!("{}-dead", bench.spec.queue);
     let dead_url = bench.make(&dead).await;
     bench.spec.dead_letters = Some(dead);
-    let settings = Settings { key_window: Duration::from_secs(60), number: 7, first: First::Earliest };
+    let settings =
+        Settings { key_window: Duration::from_secs(60), number: 7, first: First::Earliest, one_place_for_keys: false };
     let pair = Foreign::new(open(&bench.spec, &context()).unwrap(), None, settings, Clock::system());
     assert_eq!(Log::caps(&pair).max_delay, Some(Duration::from_secs(900)));
     let write = |payload: &'static str, delay: Option<u64>| {
@@ -47,7 +48,8 @@ async fn with_a_shelf_a_fifo_queue_delays_knows_keys_and_forgets_no_dead_letter(
         ..PostgresShelfSpec::default()
     };
     let store = postgres::open(&shelf, &context()).await.unwrap();
-    let settings = Settings { key_window: Duration::from_secs(60), number: 7, first: First::Earliest };
+    let settings =
+        Settings { key_window: Duration::from_secs(60), number: 7, first: First::Earliest, one_place_for_keys: false };
     let pair = Foreign::new(open(&bench.spec, &context()).unwrap(), Some(store), settings, Clock::system());
     let write = |payload: &'static str| Write {
         record: (*record(Some("k"), payload)).clone(),
