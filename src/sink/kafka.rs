@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::{BoxFuture, FutureExt, join_all};
+use futures::future::{BoxFuture, FutureExt};
 use indexmap::IndexMap;
 use rdkafka::ClientConfig;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
@@ -295,12 +295,13 @@ impl Sink for KafkaSink {
                     record = record.key(key.as_slice());
                 }
                 match self.producer.send_result(record) {
-                    Ok(report) => reports.push(report.map(move |report| (index, report))),
+                    Ok(report) => reports.push((index, report)),
                     Err((error, _)) => failed.push((index, self.judge(&error))),
                 }
             }
-            for (index, report) in join_all(reports).await {
-                match report {
+            // One after the other: all are under way whoever is asked first.
+            for (index, report) in reports {
+                match report.await {
                     Ok(Ok(_)) => {}
                     Ok(Err((error, _))) => failed.push((index, self.judge(&error))),
                     Err(_) => failed

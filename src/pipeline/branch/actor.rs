@@ -388,10 +388,10 @@ impl Actor {
                     }
                     Ok((event, case)) => {
                         let delivery = Delivery::new(row, event, case, self.plan.ordering == Ordering::Key);
-                        let lane = delivery.lane();
                         // A record of an earlier run may have been delivered before its key was set aside. It goes
                         // again, before those rows: what has no end of its own is not taken as ended.
-                        if self.asides.holds(&lane) {
+                        let lane = (self.asides.len() > 0).then(|| delivery.lane());
+                        if let Some(lane) = lane.filter(|lane| self.asides.holds(lane)) {
                             let next_try = self.asides.joined(&lane);
                             settlement.aside.push(aside_row(&delivery, lane.clone(), next_try, self.deps.clock.now()));
                             settled.ends.push(position);

@@ -33,6 +33,8 @@ pub(super) struct Delivery {
     pub(super) away_since: Option<u64>,
     /// Its key's order is kept.
     pub(super) ordered: bool,
+    /// It was put back, so it has a lane even if no other may be in it.
+    put_back: bool,
     /// Set if it came from the shelf: its end is a `returned`, not the frontier's.
     pub(super) shelved: Option<Shelved>,
     pub(super) last_error: Box<str>,
@@ -76,6 +78,7 @@ impl Delivery {
             failing: None,
             away_since: None,
             ordered,
+            put_back: false,
             shelved: None,
             last_error: Box::default(),
         }
@@ -91,6 +94,11 @@ impl Delivery {
     /// No other delivery waits for it.
     fn is_free(&self) -> bool {
         self.shelved.is_none() && !(self.ordered && self.event.key.is_some())
+    }
+
+    /// True when there is a lane that has to hear of its end.
+    pub(super) fn has_lane(&self) -> bool {
+        self.put_back || !self.is_free()
     }
 
     pub(super) fn weight(&self) -> usize {
@@ -174,7 +182,8 @@ impl Lanes {
     pub(super) fn put_back(&mut self, name: &str, deliveries: Vec<Delivery>, wait: Option<Instant>) {
         self.queued += deliveries.len();
         let lane = self.lanes.entry(name.into()).or_default();
-        for delivery in deliveries.into_iter().rev() {
+        for mut delivery in deliveries.into_iter().rev() {
+            delivery.put_back = true;
             lane.queue.push_front(delivery);
         }
         lane.wait = wait;

@@ -41,6 +41,7 @@ impl Actor {
         let mut failed = done.written.unwrap_or_default().failed.into_iter().peekable();
         let first_failed = failed.peek().map(|(index, _)| *index);
         let stops = self.stops_at_first_failure();
+        let accepted_before = self.accepted;
         let mut settlement = Settlement::default();
         let mut settled = Settled::default();
         let mut landed: Vec<(Box<str>, usize)> = Vec::new();
@@ -48,6 +49,12 @@ impl Actor {
         let mut aside: Vec<(Box<str>, Delivery, Duration)> = Vec::new();
         let mut dead: Vec<(Delivery, DeadReason)> = Vec::new();
         for (index, delivery) in done.taken.into_iter().enumerate() {
+            // Most are of no lane and go well: there is no need to name one.
+            let goes_well = !panicked && failed.peek().is_none_or(|(at, _)| *at != index);
+            if goes_well && !delivery.has_lane() && !(stops && first_failed.is_some_and(|first| index > first)) {
+                self.accepted(delivery, &mut settlement, &mut settled);
+                continue;
+            }
             let lane = delivery.lane();
             match landed.iter_mut().rev().take(8).find(|(name, _)| *name == lane) {
                 Some((_, count)) => *count += 1,
@@ -79,6 +86,10 @@ impl Actor {
                 Next::Dead(delivery, reason) => dead.push((delivery, reason)),
             }
         }
+        if self.accepted > accepted_before {
+            let now = self.deps.clock.now();
+            self.board.update(|status| status.last_delivered_at = Some(now));
+        }
         let now = Instant::now();
         for (lane, group, wait) in back {
             self.lanes.put_back(&lane, group, wait.map(|wait| now + wait));
@@ -109,8 +120,6 @@ impl Actor {
         if self.breaker.answered(false) {
             self.reopen();
         }
-        let now = self.deps.clock.now();
-        self.board.update(|status| status.last_delivered_at = Some(now));
         if !self.dead_lanes.is_empty() {
             settlement.overtaken.extend(self.overtaken_by(&delivery.lane(), delivery.row));
         }

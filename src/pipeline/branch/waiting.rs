@@ -151,7 +151,7 @@ impl Asides {
     }
 
     pub(super) fn holds(&self, lane: &str) -> bool {
-        !self.lanes.is_empty() && self.lanes.contains_key(lane)
+        self.lanes.contains_key(lane)
     }
 
     /// A newer record of the key joins its rows; gives the time to store with it.
