@@ -11,13 +11,13 @@ mod verdict;
 use std::fmt;
 use std::time::Duration;
 
-use futures::future::{BoxFuture, FutureExt, join_all};
+use futures::future::{BoxFuture, FutureExt};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::command::Case;
-use self::connection::{Connection, Connections};
+use self::connection::Connection;
 use self::verdict::judge;
 use super::template::Scope;
 use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, shown_address};
@@ -140,7 +140,7 @@ pub(super) fn delivered_note(spec: &RedisSpec) -> Vec<String> {
 
 /// A Redis server.
 pub struct RedisSink {
-    connections: Connections,
+    connection: Connection,
     cases: Vec<Case>,
     context: SinkContext,
 }
@@ -156,11 +156,11 @@ impl RedisSink {
             |pointer: String, message: Box<str>| OpenError::Setting { kind: "redis", pointer: pointer.into(), message };
         let url = spec.url.as_deref().unwrap_or_default();
         let timeout = spec.timeout.map_or(Duration::from_secs(5), |span| span.0);
-        let connections = Connections::new(url, timeout).map_err(|why| wrong("/url".to_owned(), why.into()))?;
+        let connection = Connection::new(url, timeout).map_err(|why| wrong("/url".to_owned(), why.into()))?;
         let cases = spec.cases.iter().enumerate().map(|(index, case)| {
             Case::parse(case).map_err(|(place, message)| wrong(format!("/cases/{index}{place}"), message))
         });
-        Ok(Self { connections, cases: cases.collect::<Result<_, _>>()?, context: context.clone() })
+        Ok(Self { connection, cases: cases.collect::<Result<_, _>>()?, context: context.clone() })
     }
 
     fn command(&self, operation: &Operation) -> Result<redis::Cmd, Failure> {
@@ -168,35 +168,6 @@ impl RedisSink {
             Failure::rendering(format!("no case {} is left in the file; the record matched it before", operation.case))
         })?;
         case.command(&Scope::new(operation, &self.context))
-    }
-}
-
-/// The part of a batch that goes over one connection.
-struct Sending<'a> {
-    over: &'a Connection,
-    /// Where in the batch each command stands.
-    indexes: Vec<usize>,
-    pipeline: redis::Pipeline,
-}
-
-impl Sending<'_> {
-    /// Gives what failed.
-    async fn run(mut self) -> Vec<(usize, Failure)> {
-        let shown = self.over.shown();
-        let all = |indexes: Vec<usize>, failure: Failure| {
-            indexes.into_iter().map(|index| (index, failure.clone())).collect::<Vec<_>>()
-        };
-        match self.over.run(self.pipeline.ignore_errors()).await {
-            Err(failure) => all(self.indexes, failure),
-            Ok(results) if results.len() == self.indexes.len() => {
-                let pairs = self.indexes.into_iter().zip(results);
-                pairs.filter_map(|(index, result)| Some((index, judge(shown, &result.err()?)))).collect()
-            }
-            Ok(results) => {
-                let why = format!("{shown}: {} answers to {} commands", results.len(), self.indexes.len());
-                all(self.indexes, Failure::new(Verdict::Backoff, why))
-            }
-        }
     }
 }
 
@@ -209,31 +180,32 @@ impl Sink for RedisSink {
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
         async move {
             let mut failed = Vec::new();
-            let mut sendings: Vec<Sending<'_>> = Vec::new();
-            let turn = self.connections.turn();
+            let mut sent = Vec::with_capacity(batch.len());
+            let mut pipeline = redis::Pipeline::with_capacity(batch.len());
+            pipeline.ignore_errors();
             for (index, operation) in batch.iter().enumerate() {
-                let command = match self.command(operation) {
-                    Ok(command) => command,
-                    Err(failure) => {
-                        failed.push((index, failure));
-                        continue;
+                match self.command(operation) {
+                    Ok(command) => {
+                        pipeline.add_command(command);
+                        sent.push(index);
                     }
-                };
-                let over = self.connections.over(operation.event.key.as_deref(), turn, index);
-                let sending = match sendings.iter_mut().position(|known| std::ptr::eq(known.over, over)) {
-                    Some(at) => sendings.get_mut(at),
-                    None => {
-                        sendings.push(Sending { over, indexes: Vec::new(), pipeline: redis::Pipeline::new() });
-                        sendings.last_mut()
-                    }
-                };
-                if let Some(sending) = sending {
-                    sending.indexes.push(index);
-                    sending.pipeline.add_command(command);
+                    Err(failure) => failed.push((index, failure)),
                 }
             }
-            for outcome in join_all(sendings.into_iter().map(Sending::run)).await {
-                failed.extend(outcome);
+            if !sent.is_empty() {
+                let shown = self.connection.shown();
+                match self.connection.run(&pipeline).await {
+                    Err(failure) => failed.extend(sent.into_iter().map(|index| (index, failure.clone()))),
+                    Ok(results) if results.len() == sent.len() => {
+                        let pairs = sent.into_iter().zip(results);
+                        failed.extend(pairs.filter_map(|(index, result)| Some((index, judge(shown, &result.err()?)))));
+                    }
+                    Ok(results) => {
+                        let why = format!("{shown}: {} answers to {} commands", results.len(), sent.len());
+                        let failure = Failure::new(Verdict::Backoff, why);
+                        failed.extend(sent.into_iter().map(|index| (index, failure.clone())));
+                    }
+                }
             }
             failed.sort_unstable_by_key(|(index, _)| *index);
             Written { failed }
@@ -243,11 +215,10 @@ impl Sink for RedisSink {
 
     fn probe(&self) -> BoxFuture<'_, Vec<Probed>> {
         async move {
-            let connection = self.connections.first();
-            let shown = connection.shown();
+            let shown = self.connection.shown();
             let mut pipeline = redis::Pipeline::new();
             pipeline.ignore_errors().cmd("TIME").cmd("ROLE");
-            let answers = match connection.run(&pipeline).await {
+            let answers = match self.connection.run(&pipeline).await {
                 Ok(answers) => answers,
                 Err(failure) => return vec![Probed::wrong(shown, failure.message)],
             };

@@ -202,7 +202,8 @@ async fn a_key_is_one_record_whether_that_was_parked_or_not() {
     let context = context();
     let pair = || async {
         let store = shelf::open(&RedisShelfSpec::default().beside(&source()), &context).await.unwrap();
-        let settings = Settings { key_window: context.key_window, number: 1, first: First::Earliest };
+        let settings =
+            Settings { key_window: context.key_window, number: 1, first: First::Earliest, one_place_for_keys: true };
         Foreign::new(open(&source(), &context).unwrap(), Some(store), settings, context.clock.clone())
     };
     let (one, other) = (pair().await, pair().await);

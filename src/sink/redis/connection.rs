@@ -1,14 +1,10 @@
-//! The connections of a branch to its Redis, each made when it is needed.
+//! The one connection of a branch to its Redis, made when it is needed.
 //!
-//! Several, since a server reads some 16 KiB of one before it turns to the next, and syncs its disk only then. A key has its
-//! own, so that what is tried again comes after what may still be under way. Each takes pipelines from several batches at once and gives each its answers; the server runs them in the order in which they
+//! Takes pipelines from several batches at once and gives each its answers; the server runs them in the order in which they
 //! were handed over. A connection that broke is dropped and made anew by the next batch, not more often than the waits
 //! allow. One that only answers late is kept, since what it was sent may still be executed; it is dropped, unsent bytes
 //! discarded, when it has been silent for long.
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher as _;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -60,47 +56,7 @@ struct State {
     refused: Option<(Instant, Failure)>,
 }
 
-/// So many connections.
-const CONNECTIONS: usize = 16;
-/// Commands without a key that go over one connection before the next is taken.
-const CHUNK: usize = 32;
-
-/// The connections of a branch.
-pub(super) struct Connections {
-    first: Connection,
-    others: Vec<Connection>,
-    turns: AtomicUsize,
-    hasher: RandomState,
-}
-
-impl Connections {
-    pub(super) fn new(url: &str, timeout: Duration) -> Result<Self, String> {
-        let first = Connection::new(url, timeout)?;
-        let others = (1..CONNECTIONS).map(|_| Connection::new(url, timeout)).collect::<Result<_, _>>()?;
-        Ok(Self { first, others, turns: AtomicUsize::new(0), hasher: RandomState::new() })
-    }
-
-    /// A batch's number, by which batches without keys are spread.
-    pub(super) fn turn(&self) -> usize {
-        self.turns.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// The connection for the batch's operation at `index`: the same one for a key as long as the process runs.
-    pub(super) fn over(&self, key: Option<&str>, turn: usize, index: usize) -> &Connection {
-        let number = match key {
-            Some(key) => usize::try_from(self.hasher.hash_one(key) >> 32).unwrap_or(0),
-            None => turn.wrapping_add(index / CHUNK),
-        };
-        self.others.get(number % CONNECTIONS).unwrap_or(&self.first)
-    }
-
-    /// Any of them.
-    pub(super) const fn first(&self) -> &Connection {
-        &self.first
-    }
-}
-
-/// One connection.
+/// The connection of a branch.
 pub(super) struct Connection {
     client: Client,
     timeout: Duration,
