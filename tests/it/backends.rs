@@ -11,7 +11,7 @@ fn server(variable: &str) -> String {
     std::env::var(variable).unwrap_or_else(|_| panic!("{variable} names a server: run tests/run"))
 }
 
-fn sqs() -> aws_sdk_sqs::Client {
+pub fn sqs() -> aws_sdk_sqs::Client {
     use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
     let config = aws_sdk_sqs::Config::builder()
         .behavior_version(BehaviorVersion::latest())

@@ -20,27 +20,33 @@ fn pipeline(namespace: &str, brokers: &str, receiver: &Receiver) -> String {
 }
 
 /// Writers that go on until they are told to stop, each with keys of its own and one write at a time.
-struct Load {
+pub struct Load {
     stop: Arc<AtomicBool>,
     acknowledged: Arc<Mutex<BTreeSet<u64>>>,
-    refused: Arc<AtomicU64>,
+    pub refused: Arc<AtomicU64>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl Load {
-    fn start(running: &Running, namespace: &str) -> Self {
+    pub fn start(running: &Running, namespace: &str) -> Self {
+        Self::with(running, namespace, &json!({}))
+    }
+
+    /// Each write with this `lifecycle`.
+    pub fn with(running: &Running, namespace: &str, lifecycle: &Value) -> Self {
         let (stop, acknowledged, refused) =
             (Arc::<AtomicBool>::default(), Arc::<Mutex<BTreeSet<u64>>>::default(), Arc::<AtomicU64>::default());
         let next = Arc::new(AtomicU64::new(0));
         let tasks = (0..4).map(|writer| {
             let (http, url, namespace) = (running.client.clone(), running.url.clone(), namespace.to_owned());
+            let lifecycle = lifecycle.clone();
             let (stop, next) = (Arc::clone(&stop), Arc::clone(&next));
             let (acknowledged, refused) = (Arc::clone(&acknowledged), Arc::clone(&refused));
             tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     let n = next.fetch_add(1, Ordering::Relaxed);
-                    let body =
-                        json!({"namespace": namespace, "payload": {"n": n, "key": format!("w{writer}-{}", n % 3)}});
+                    let payload = json!({"n": n, "key": format!("w{writer}-{}", n % 3)});
+                    let body = json!({"namespace": namespace, "payload": payload, "lifecycle": lifecycle});
                     let request =
                         http.post(format!("{url}/api/v1/wal/write")).header("content-type", "application/json");
                     match request.body(body.to_string()).send().await {
@@ -58,12 +64,12 @@ impl Load {
     }
 
     /// Waits until so many more were acknowledged.
-    async fn more(&self, count: usize) {
+    pub async fn more(&self, count: usize) {
         let wanted = self.count() + count;
         until("writes are acknowledged", || (self.count() >= wanted).then_some(())).await;
     }
 
-    async fn end(self) -> BTreeSet<u64> {
+    pub async fn end(self) -> BTreeSet<u64> {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
             task.await.unwrap();
@@ -74,7 +80,7 @@ impl Load {
 }
 
 /// Every acknowledged record arrives, and of each key the first arrivals are in order.
-async fn accounts(receiver: &Receiver, acknowledged: &BTreeSet<u64>) {
+pub async fn accounts(receiver: &Receiver, acknowledged: &BTreeSet<u64>) {
     let arrived = || {
         let (mut seen, mut keys) = (BTreeSet::new(), BTreeMap::<String, Vec<u64>>::new());
         for received in receiver.accepted() {

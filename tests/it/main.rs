@@ -35,5 +35,6 @@ mod secrets;
 mod servers;
 mod shutdown;
 mod sink_conformance;
+mod source_faults;
 mod spec_errors;
 mod tree;

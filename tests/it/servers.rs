@@ -41,11 +41,16 @@ impl Server {
 
     /// Starts it with more arguments; what they are for each server `tests/services/up` says.
     pub async fn start_with(name: &'static str, arguments: &[&str]) -> Self {
+        Self::start_at(free_ports(if name == "kafka3" { 6 } else { 2 }), name, arguments).await
+    }
+
+    /// Starts it on a port that [`free_ports`] gave, two of them.
+    pub async fn start_at(port: u16, name: &'static str, arguments: &[&str]) -> Self {
         // PostgreSQL runs as a user of its own, who could not walk to a folder of the checkout.
         let scratch = std::env::var("WALFLOW_TEST_SCRATCH").unwrap_or_else(|_| "/tmp".into());
         let folder = tempfile::Builder::new().prefix("own.").tempdir_in(scratch).unwrap();
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        let server = Self { name, arguments, folder, port: free_ports(if name == "kafka3" { 6 } else { 2 }) };
+        let server = Self { name, arguments, folder, port };
         server.restart().await;
         server
     }
