@@ -1,5 +1,12 @@
 //! What every client of a Kafka cluster shares: addresses, TLS, who we are, and one set of connections for equal settings.
 
+mod certificate;
+mod lasting;
+mod listener;
+
+pub use self::lasting::{Lasting, let_go};
+pub use self::listener::Listener;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, LazyLock, Weak};
