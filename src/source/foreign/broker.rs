@@ -8,6 +8,7 @@ use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 use super::store::Claimed;
+use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
 use crate::source::{AdmitError, BranchName, DeadLetter, IdempotencyKey, Lag, LogError, Reach, Subscription};
 
@@ -50,6 +51,8 @@ pub enum Begin {
     Latest,
     /// After a [`Broker::place`].
     Place(Arc<str>),
+    /// In each part at the first record that the broker took at this time or later; where none is so late, at the end.
+    Time(Timestamp),
 }
 
 /// A branch's hold on the parts of the log that are its own in this process, until the subscription is dropped.

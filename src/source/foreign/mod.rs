@@ -60,6 +60,8 @@ pub enum First {
     Earliest,
     /// After what was there.
     Latest,
+    /// At the first record that the broker took at this time or later.
+    Time(Timestamp),
 }
 
 /// One namespace on a broker. Cheap to clone.
@@ -188,6 +190,7 @@ impl Inner {
             Start::After(position) if position.offset() == 0 => Begin::Earliest,
             Start::After(_) => Begin::Latest,
             Start::Epoch(1) if self.settings.first == First::Earliest => Begin::Earliest,
+            Start::Epoch(1) if let First::Time(time) = self.settings.first => Begin::Time(time),
             Start::Epoch(number) => {
                 let known = self.stored_epochs();
                 let place = known.iter().find(|epoch| epoch.number == number).map(|epoch| Arc::clone(&epoch.place));

@@ -59,7 +59,7 @@ impl MemoryBroker {
     fn first_after(begin: &Begin, end: Position) -> Position {
         match begin {
             Begin::Earliest => Position(0),
-            Begin::Latest => end,
+            Begin::Latest | Begin::Time(_) => end,
             Begin::Place(place) => Position(place.parse().unwrap_or(0)),
         }
     }

@@ -14,7 +14,7 @@ use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::types::RDKafkaRespErr;
-use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
+use rdkafka::{Message as _, Offset, TopicPartitionList};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -22,7 +22,7 @@ use super::message;
 use super::session::Session;
 use super::topic::first_offset;
 use crate::clock::Timestamp;
-use crate::connection::kafka::{METADATA_TIMEOUT, explain};
+use crate::connection::kafka::{Cluster, Listener, METADATA_TIMEOUT, explain};
 use crate::record::{Position, Record};
 use crate::source::foreign::broker::{Begin, Opened};
 use crate::source::{Entry, LogError, Reach, Subscription};
@@ -52,6 +52,7 @@ pub(super) struct Shared {
     topic: String,
     group: String,
     number: u32,
+    listener: Listener,
     state: Mutex<State>,
     /// For the thread and for callbacks: something changed.
     changed: Condvar,
@@ -77,7 +78,7 @@ pub(super) struct Callbacks(Arc<Shared>);
 impl ClientContext for Callbacks {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(group = %self.0.group, %error, reason, "Kafka consumer");
-        self.0.state.lock().trouble = Some(explain(&error));
+        self.0.listener.hear(&error, reason);
     }
 }
 
@@ -138,8 +139,7 @@ impl Shared {
                 Offset::Offset(next) => next,
                 _ => {
                     fresh.push(u16::try_from(partition).unwrap_or(u16::MAX));
-                    let (low, high) = consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT)?;
-                    first_offset(&begin, partition, low, high)
+                    first_offset(consumer, &self.topic, partition, &begin)?
                 }
             };
             let place = u64::try_from(next).unwrap_or(0);
@@ -156,6 +156,7 @@ impl Shared {
         let generation = state.generations;
         tracing::info!(group = %self.group, partitions = ?parts, "partitions assigned");
         state.trouble = None;
+        self.listener.clear();
         state.session = Some(Session::new(generation, parts, cursor));
         drop(state);
         self.tell();
@@ -375,12 +376,13 @@ enum Upkeep {
 impl Member {
     /// Joins the group. Connects when it can.
     pub(super) fn join(
-        mut config: ClientConfig,
+        cluster: &Cluster,
         topic: &str,
         group: &str,
         number: u32,
         begin: Begin,
     ) -> Result<Self, LogError> {
+        let mut config = cluster.config();
         config.set("group.id", group);
         config.set("enable.auto.commit", "false").set("enable.auto.offset.store", "false");
         // A stale offset is an alarm, never a silent jump.
@@ -397,6 +399,7 @@ impl Member {
             topic: topic.to_owned(),
             group: group.to_owned(),
             number,
+            listener: Listener::new(cluster),
             state: Mutex::new(State {
                 session: None,
                 begin,
@@ -482,7 +485,13 @@ impl Member {
     }
 
     pub(super) fn trouble(&self) -> Option<String> {
-        self.shared.state.lock().trouble.clone()
+        let heard = self.shared.listener.trouble().map(|heard| heard.to_string());
+        heard.or_else(|| self.shared.state.lock().trouble.clone())
+    }
+
+    /// Whether another client may not have what is wrong with this one.
+    pub(super) fn is_about_files(&self) -> bool {
+        self.shared.listener.is_about_files()
     }
 
     /// Commits and leaves. Blocks, with a bound.

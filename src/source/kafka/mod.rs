@@ -163,8 +163,11 @@ impl Kafka {
 
     async fn find(&self, topic: String) -> Result<Option<TopicFacts>, String> {
         let cluster = self.cluster.clone();
-        let found = tokio::task::spawn_blocking(move || topic::look(&*topic::observer(&cluster)?, &topic)).await;
-        found.map_err(|error| error.to_string())?.map_err(|error| explain(&error))
+        let found = tokio::task::spawn_blocking(move || {
+            let client = topic::observer(&cluster).map_err(|error| explain(&error))?;
+            topic::look(&client, &topic).map_err(|error| topic::told(&client, &error))
+        });
+        found.await.map_err(|error| error.to_string())?
     }
 
     async fn create(&self, topic: &str) -> Result<(), String> {
@@ -239,7 +242,7 @@ impl Kafka {
             return Ok(Arc::clone(member));
         }
         let group = self.spec.group(self.context.namespace.as_str(), branch.as_str());
-        let joined = Member::join(self.cluster.config(), &self.spec.topic, &group, self.context.number, begin.clone())?;
+        let joined = Member::join(&self.cluster, &self.spec.topic, &group, self.context.number, begin.clone())?;
         let member = Arc::new(joined);
         branches.insert(branch.clone(), Arc::clone(&member));
         Ok(member)
@@ -272,7 +275,10 @@ impl Broker for Kafka {
         if let TopicState::Unknown(Some(why)) = &*self.topic.borrow() {
             return Some(format!("kafka topic {}: {why}", self.spec.topic));
         }
-        self.producer.trouble().map(|why| format!("kafka at {}: {why}", self.cluster.shown()))
+        let members = self.branches.lock().values().cloned().collect::<Vec<_>>();
+        let why = self.producer.trouble().map(|why| why.to_string());
+        let why = why.or_else(|| members.iter().find_map(|member| member.trouble()));
+        why.map(|why| format!("kafka at {}: {why}", self.cluster.shown()))
     }
 
     fn append(&self, records: Vec<Arc<Record>>) -> BoxFuture<'static, Result<Handed, AdmitError>> {
@@ -325,8 +331,12 @@ impl Broker for Kafka {
         async move {
             kafka.ready().await?;
             let member = kafka.member(&branch, &begin)?;
-            drop(kafka);
-            member.open(begin).await
+            let opened = member.open(begin).await;
+            // Certificates are read when a client is made: those that were put right are seen by another.
+            if opened.is_err() && member.is_about_files() {
+                kafka.leave(&branch).await;
+            }
+            opened
         }
         .boxed()
     }
