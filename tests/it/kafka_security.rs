@@ -67,7 +67,8 @@ impl Secured {
         let port = free_ports(4);
         let [plain, control, password, tls] = [port, port + 1, port + 2, port + 3];
         let mut lines = vec![
-            "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PW:SASL_PLAINTEXT,PWTLS:SASL_SSL".to_owned(),
+            "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PW:SASL_PLAINTEXT,PWTLS:SASL_SSL"
+                .to_owned(),
             format!(
                 "listeners=PLAINTEXT://127.0.0.1:{plain},CONTROLLER://127.0.0.1:{control},PW://127.0.0.1:{password},PWTLS://127.0.0.1:{tls}"
             ),
@@ -95,13 +96,16 @@ impl Secured {
 
     /// Gives the user this password for SCRAM.
     async fn scram(&self, password: &str) {
-        let mut command = Command::new("java");
-        command.args(["-XX:TieredStopAtLevel=1", "-cp", &format!("{}/*", installed("jars/kafka").display())]);
-        command.args(["kafka.admin.ConfigCommand", "--bootstrap-server", &format!("127.0.0.1:{}", self.port)]);
-        let both = format!("SCRAM-SHA-256=[password={password}],SCRAM-SHA-512=[password={password}]");
-        command.args(["--alter", "--entity-type", "users", "--entity-name", "wal", "--add-config", &both]);
-        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        // One request takes one credential of a user.
+        for mechanism in ["SCRAM-SHA-256", "SCRAM-SHA-512"] {
+            let mut command = Command::new("java");
+            command.args(["-XX:TieredStopAtLevel=1", "-cp", &format!("{}/*", installed("jars/kafka").display())]);
+            command.args(["kafka.admin.ConfigCommand", "--bootstrap-server", &format!("127.0.0.1:{}", self.port)]);
+            command.args(["--alter", "--entity-type", "users", "--entity-name", "wal"]);
+            command.args(["--add-config", &format!("{mechanism}=[password={password}]")]);
+            let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
     }
 
     /// A cluster's settings as YAML; with TLS where there is a file of authorities.
@@ -116,8 +120,9 @@ impl Secured {
 
 /// `in-NAME` reads a topic and writes a file; `out-NAME` has its own log and writes the topic.
 fn through(place: Place, name: &str, connection: &str) -> Place {
-    let source =
-        format!("namespace: in-{name}\nsource: {{ kafka: {{ {connection}, topic: {name} }} }}\nsink: {{ file: {{ path: {name}.ndjson }} }}\n");
+    let source = format!(
+        "namespace: in-{name}\nsource: {{ kafka: {{ {connection}, topic: {name} }} }}\nsink: {{ file: {{ path: {name}.ndjson }} }}\n"
+    );
     let sink = format!(
         "namespace: out-{name}\nsink:\n  kafka: {{ {connection}, topic: {name}, timeout: 2s }}\n  retry: {{ backoff: {{ first: 100ms, max: 1s }} }}\n"
     );

@@ -42,7 +42,9 @@ fn roots(ca_file: Option<&str>) -> Result<RootCertStore, String> {
     let unusable = |why: String| format!("tls.ca_file {file} cannot be used: {why}");
     let certificates = CertificateDer::pem_file_iter(Path::new(file)).map_err(|error| unusable(error.to_string()))?;
     for certificate in certificates {
-        roots.add(certificate.map_err(|error| unusable(error.to_string()))?).map_err(|error| unusable(error.to_string()))?;
+        roots
+            .add(certificate.map_err(|error| unusable(error.to_string()))?)
+            .map_err(|error| unusable(error.to_string()))?;
     }
     Ok(roots)
 }
@@ -74,12 +76,14 @@ fn said(broker: &str, ca_file: Option<&str>, error: &rustls::Error) -> Option<St
             ("is not valid yet".to_owned(), "is the clock right, here and there?".to_owned())
         }
         rustls::Error::InvalidCertificate(Wrong::UnknownIssuer | Wrong::BadSignature) => {
-            let by = ca_file.map_or_else(|| "the system's certificates".to_owned(), |file| format!("tls.ca_file {file}"));
+            let by =
+                ca_file.map_or_else(|| "the system's certificates".to_owned(), |file| format!("tls.ca_file {file}"));
             (format!("is vouched for by nobody in {by}"), "put the certificate of its CA there".to_owned())
         }
-        rustls::Error::InvalidCertificate(Wrong::NotValidForName | Wrong::NotValidForNameContext { .. }) => {
-            ("is not for this name".to_owned(), "name the broker as its certificate does, or give it another".to_owned())
-        }
+        rustls::Error::InvalidCertificate(Wrong::NotValidForName | Wrong::NotValidForNameContext { .. }) => (
+            "is not for this name".to_owned(),
+            "name the broker as its certificate does, or give it another".to_owned(),
+        ),
         rustls::Error::InvalidCertificate(other) => (format!("is not accepted: {other}"), "give it another".to_owned()),
         rustls::Error::InvalidMessage(_) => {
             return Some(format!("no TLS is spoken at {broker}: correct the port, or leave `tls` out"));

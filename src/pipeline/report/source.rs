@@ -119,9 +119,10 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
         ));
     }
     if source.kind.is_foreign() && matches!(source.shelf, ShelfKind::None) {
+        let delayed = if plan.holds() { "a write with a delay of its own" } else { "a write with a delay" };
         facts.push(fact(
             "shelf",
-            "none: a write with a delay is a 501, a failing key holds what is behind it, dead letters go to the broker",
+            format!("none: {delayed} is a 501, a failing key holds what is behind it, dead letters go to the broker"),
         ));
         facts.push(fact("a key again", "may be appended twice; the key goes on to the sink"));
     }
@@ -145,6 +146,18 @@ pub(super) fn delay(plan: &Plan) -> Vec<Fact> {
         Some(DelayRule::Until(expression)) => format!("at the time: {}", brief(expression.source())),
     };
     let mut facts = vec![fact("due", rule)];
+    if plan.holds() {
+        let whose = match plan.source.shelf {
+            ShelfKind::None => "every record",
+            _ => "what other programs write to the topic",
+        };
+        facts.push(fact(
+            "held",
+            format!(
+                "{whose} waits in its partition, from the broker's time on: what is behind a record that is not due waits with it, other partitions go on"
+            ),
+        ));
+    }
     if !delay.jitter.is_zero() {
         facts.push(fact("jitter", format!("up to {} more, the same for all records of a key", span(delay.jitter))));
     }

@@ -21,6 +21,8 @@ pub struct BrokerCaps {
     pub durable: bool,
     /// It wants to know each position that has ended.
     pub each_end: bool,
+    /// Others may write into it, and a part of it can be held until its next record is due.
+    pub hold: bool,
     /// How long it can delay a record itself; `None` = not at all.
     pub delay: Option<Duration>,
     /// The largest record that it takes, in bytes; `None` = no limit of its own.

@@ -3,6 +3,7 @@
 //! The thread polls whether or not anybody reads, so the group sees us alive while a target is away. Each assignment is a
 //! session with a frontier of its own: once its parts are taken away nothing of it is committed any more.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,9 +17,9 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Message as _, Offset, TopicPartitionList};
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 use super::message;
+use super::resting::Resting;
 use super::session::Session;
 use super::topic::first_offset;
 use crate::clock::Timestamp;
@@ -205,6 +206,7 @@ impl Shared {
     /// The thread: polls until it is stopped.
     fn run(self: &Arc<Self>, consumer: &BaseConsumer<Callbacks>) {
         let (mut paused, mut full_since) = (false, None);
+        let mut resting = Resting::default();
         let mut committed = Instant::now();
         loop {
             let mut state = self.state.lock();
@@ -230,6 +232,7 @@ impl Shared {
             match wanted {
                 Some(Upkeep::Rewind(from)) => {
                     paused = false;
+                    resting.forget();
                     if let Err(error) = consumer.assign(&from) {
                         self.fail(storage(format!("go back in topic {}", self.topic), &error));
                     }
@@ -252,6 +255,12 @@ impl Shared {
             {
                 let done = if full { consumer.pause(&assignment) } else { consumer.resume(&assignment) };
                 paused = if done.is_ok() { full } else { paused };
+                resting.forget();
+            }
+            let wanted =
+                self.state.lock().session.as_ref().map(|session| (session.generation, session.resting.clone()));
+            if let Some((generation, wanted)) = wanted.filter(|_| !paused) {
+                resting.keep(consumer, &self.topic, generation, wanted);
             }
             self.poll(consumer);
         }
@@ -536,6 +545,13 @@ impl Subscription for Parts {
             }
         }
         .boxed()
+    }
+
+    fn rest(&mut self, parts: &BTreeSet<u16>) {
+        let mut state = self.shared.state.lock();
+        if let Some(session) = state.session.as_mut().filter(|session| session.generation == self.generation) {
+            session.resting.clone_from(parts);
+        }
     }
 }
 

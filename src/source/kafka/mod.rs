@@ -6,8 +6,11 @@
 mod consumer;
 mod message;
 mod producer;
+mod resting;
 mod session;
 mod spec;
+#[cfg(test)]
+mod tests;
 mod topic;
 
 use std::collections::{BTreeMap, HashMap};
@@ -259,7 +262,7 @@ impl Kafka {
 
 impl Broker for Kafka {
     fn caps(&self) -> BrokerCaps {
-        BrokerCaps { ordered: true, durable: true, each_end: false, delay: None, largest_record: None }
+        BrokerCaps { ordered: true, durable: true, each_end: false, hold: true, delay: None, largest_record: None }
     }
 
     fn durable_note(&self) -> String {
@@ -275,10 +278,7 @@ impl Broker for Kafka {
         if let TopicState::Unknown(Some(why)) = &*self.topic.borrow() {
             return Some(format!("kafka topic {}: {why}", self.spec.topic));
         }
-        let members = self.branches.lock().values().cloned().collect::<Vec<_>>();
-        let why = self.producer.trouble().map(|why| why.to_string());
-        let why = why.or_else(|| members.iter().find_map(|member| member.trouble()));
-        why.map(|why| format!("kafka at {}: {why}", self.cluster.shown()))
+        self.producer.trouble().map(|why| format!("kafka at {}: {why}", self.cluster.shown()))
     }
 
     fn append(&self, records: Vec<Arc<Record>>) -> BoxFuture<'static, Result<Handed, AdmitError>> {
@@ -489,22 +489,4 @@ fn murmur2(bytes: &[u8]) -> u32 {
 
 fn closed() -> AdmitError {
     AdmitError::Closed { reason: "the log is closing".into() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_find_the_partition_that_kafka_gives_them() {
-        // From Kafka's own tests of its partitioner.
-        for (text, hash) in [
-            ("21", -973_932_308),
-            ("foobar", -790_332_482),
-            ("a-little-bit-long-string", -985_981_536),
-            ("", 275_646_681),
-        ] {
-            assert_eq!(murmur2(text.as_bytes()).cast_signed(), hash, "{text}");
-        }
-    }
 }
