@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -143,14 +144,30 @@ async fn arrives(place: &Place, running: &Running, name: &str) {
     until(name, || (place.values(&format!("{name}.ndjson")).contains(&json!({"n": 2}))).then_some(())).await;
 }
 
-/// The last error of both branches is one line with these words.
+/// Both namespaces say so in one line: the source's why it has not begun, the sink's branch as its last error.
 async fn told(running: &Running, name: &str, words: &[&str]) {
-    for namespace in [format!("in-{name}"), format!("out-{name}")] {
-        let said = |status: &Value| status["branches"][0]["lastError"].as_str().unwrap_or_default().to_owned();
-        let fine = |status: &Value| words.iter().all(|word| said(status).contains(word));
-        let status = until_status(running, &namespace, &format!("{namespace} says {words:?}"), fine).await;
-        assert!(!said(&status).contains('\n'), "{status}");
-        assert!(!status.to_string().contains(PASSWORD), "{status}");
+    let namespace = format!("out-{name}");
+    let said = |status: &Value| status["branches"][0]["lastError"].as_str().unwrap_or_default().to_owned();
+    let fine = |status: &Value| words.iter().all(|word| said(status).contains(word));
+    let status = until_status(running, &namespace, &format!("the sink says {words:?}"), fine).await;
+    let reason = until_reason(running, &format!("in-{name}"), words).await;
+    for text in [said(&status), reason] {
+        assert!(!text.contains('\n'), "{text}");
+        assert!(!text.contains(PASSWORD), "{text}");
+    }
+}
+
+/// Waits until a namespace that has not begun has a reason with these words.
+async fn until_reason(running: &Running, namespace: &str, words: &[&str]) -> String {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    loop {
+        let (_, answer) = running.write(&json!({"namespace": namespace, "payload": 0})).await.unwrap();
+        let reason = answer["detail"].as_str().unwrap_or_default().to_owned();
+        if words.iter().all(|word| reason.contains(word)) {
+            return reason;
+        }
+        assert!(Instant::now() < deadline, "it does not say {words:?}: {answer}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
