@@ -20,6 +20,9 @@ use crate::connection::probe::Probed;
 use crate::record::{Position, RecordId};
 use crate::source::foreign::broker::Begin;
 
+/// How long a client may take to say why a call failed.
+const WORDS: Duration = Duration::from_millis(500);
+
 /// What is known of a topic.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct TopicFacts {
@@ -84,8 +87,11 @@ fn member(cluster: &Cluster, group: &str) -> Result<Observer, KafkaError> {
 /// What a call's error means, with what the client has to say of its connections. Blocks, with a bound.
 pub(super) fn told(client: &Observer, error: &KafkaError) -> String {
     let listener = client.client().context();
-    // What it says of them it says where messages are read.
-    while client.poll(Duration::ZERO).is_some() {}
+    // What it says of them it says where messages are read, its lines for the log first, one with each call.
+    let deadline = Instant::now() + WORDS;
+    while listener.trouble().is_none() && Instant::now() < deadline {
+        client.poll(Duration::from_millis(10));
+    }
     if listener.is_about_files() {
         listener.ask();
     }
