@@ -3,9 +3,11 @@
 //! Takes what the request asked for, the file's rule and the event; gives a time after now, or nothing when the record
 //! is due at once. Never waits and never parks: that is the log's part.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Timestamp;
+use crate::source::HoldRule;
 use crate::transform::{DelayValue, Event, Expression, Fault};
 use crate::units::Span;
 
@@ -104,6 +106,21 @@ pub fn due(
     Ok((due > now).then_some(due))
 }
 
+/// The rule for records that other programs wrote: as [`due`] for writes that ask for nothing, from the log's time on. Jitter
+/// of a keyless one is drawn from its id, so that it is the same at every reading.
+pub fn hold_rule(delay: Delay) -> HoldRule {
+    Arc::new(move |record| {
+        let (at, fault) = (record.written_at, |fault: DelayFault| Arc::<str>::from(fault.to_string()));
+        let Some(rule) = &delay.rule else { return Ok(None) };
+        let base = by_rule(rule, &Event::original(Arc::clone(record)), at, delay.max).map_err(fault)?;
+        within(base.since(at), delay.max).map_err(fault)?;
+        let id = record.id.to_string();
+        let jitter = drawn(delay.jitter, Some(record.key.as_deref().unwrap_or(&id)));
+        let due = base.saturating_add(jitter).min(at.saturating_add(delay.max));
+        Ok((due > at).then_some(due))
+    })
+}
+
 fn within(asked: Duration, max: Duration) -> Result<(), DelayFault> {
     if asked > max { Err(DelayFault::TooLong { asked: Span(asked), max: Span(max) }) } else { Ok(()) }
 }
@@ -163,7 +180,6 @@ fn spread(checksum: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::sync::Arc;
 
     use super::*;
     use crate::clock::Clock;
@@ -274,6 +290,23 @@ mod tests {
         assert!(waits(&file, request).iter().all(|wait| (HOUR..=HOUR + SECOND).contains(wait)), "the request's wins");
         let cut = Delay { max: HOUR + SECOND, ..file };
         assert!(waits(&cut, RequestedDelay::default()).iter().all(|wait| *wait <= HOUR + SECOND));
+    }
+
+    #[test]
+    fn what_others_wrote_is_due_by_the_file_and_the_same_at_every_reading() {
+        let of = |delay: &Delay, key: Option<&str>, payload: &str| {
+            let record = Arc::new(Record { key: key.map(Into::into), ..record(payload) });
+            hold_rule(delay.clone())(&record).map(|due| due.map(|due| due.since(NEW_YEAR)))
+        };
+        assert_eq!(of(&rule(DelayRule::Fixed(HOUR)), None, "{}"), Ok(Some(HOUR)));
+        let until = rule(DelayRule::Until(expression("payload.at")));
+        assert_eq!(of(&until, None, r#"{"at":0}"#), Ok(None), "a past time is now");
+        assert!(of(&until, None, r#"{"at":"2031-01-01T00:00:00Z"}"#).unwrap_err().contains("delay.max"));
+        assert!(of(&until, None, "no json").is_err());
+        let file = Delay { jitter: HOUR, ..rule(DelayRule::Fixed(HOUR)) };
+        assert_eq!(of(&file, None, "{}"), of(&file, None, "{}"), "without a key by the id");
+        let by_http = by_file(&file, "{}").unwrap();
+        assert_eq!(of(&file, Some("k"), "{}"), Ok(by_http), "with one as if it came by HTTP");
     }
 
     #[test]

@@ -1,5 +1,12 @@
 //! What every client of a Kafka cluster shares: addresses, TLS, who we are, and one set of connections for equal settings.
 
+mod certificate;
+mod lasting;
+mod listener;
+
+pub use self::lasting::{Lasting, let_go};
+pub use self::listener::Listener;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, LazyLock, Weak};
@@ -185,7 +192,9 @@ pub fn explain(error: &KafkaError) -> String {
             "this user may not use the consumer group: give it READ on it (kafka-acls)"
         }
         Some(Code::ClusterAuthorizationFailed) => "this user lacks a right on the cluster (kafka-acls)",
-        Some(Code::Authentication | Code::SaslAuthenticationFailed) => "the user or the password is wrong",
+        Some(Code::Authentication | Code::SaslAuthenticationFailed) => {
+            "the user or the password is wrong: correct `sasl`, or the user at the broker"
+        }
         Some(Code::SSL) => "TLS failed: is the certificate valid, and does tls.ca_file vouch for it?",
         Some(Code::AllBrokersDown | Code::BrokerTransportFailure) => "no broker can be reached",
         Some(Code::NotEnoughReplicas | Code::NotEnoughReplicasAfterAppend) => {

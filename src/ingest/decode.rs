@@ -180,13 +180,16 @@ impl Envelope<'_> {
             let event = Event::original(Arc::new(Record { id, ..record.clone() }));
             due(inlet.delay.as_ref(), &requested, &event, now)?
         };
-        if due_at.is_some() && !inlet.log.caps().delay {
-            return Err(Problem::new(
-                StatusCode::NOT_IMPLEMENTED,
-                "unsupported",
-                "this namespace's source cannot delay",
-            )
-            .failed());
+        let caps = inlet.log.caps();
+        let own = requested != RequestedDelay::default();
+        if due_at.is_some() && !caps.delay && (own || !caps.hold) {
+            let detail = if caps.hold {
+                "without a shelf a write of this namespace has no delay of its own, since its log holds records in their order: \
+                 leave `lifecycle` out and let the file's `delay` decide for all, or name a shelf under source.shelf"
+            } else {
+                "this namespace's source cannot delay: name a shelf under source.shelf"
+            };
+            return Err(Problem::new(StatusCode::NOT_IMPLEMENTED, "unsupported", detail).failed());
         }
         let idempotency = idempotency
             .zip(fingerprint)

@@ -124,6 +124,7 @@ pub(super) fn desk(bytes: u64) -> (Arc<Desk>, mpsc::Receiver<Handed>) {
     let caps = Caps {
         delay: false,
         max_delay: None,
+        hold: false,
         schedule: false,
         ordered: true,
         exact_keys: true,

@@ -53,6 +53,14 @@ pub struct Plan {
     pub tests: Vec<TestSpec>,
 }
 
+impl Plan {
+    /// The file's rule delays what others write into the log, by holding its parts.
+    pub fn holds(&self) -> bool {
+        let rule = self.delay.as_ref().is_some_and(|delay| delay.rule.is_some());
+        rule && matches!(self.source.kind, SourceKind::Kafka(_))
+    }
+}
+
 /// Where a namespace's writes become durable.
 #[derive(Clone, Debug)]
 pub struct SourcePlan {

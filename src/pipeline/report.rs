@@ -4,14 +4,15 @@
 //! value came from the environment it shows the reference, never the value; credentials that stand literally are
 //! masked.
 
+mod source;
+
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
 
-use super::plan::{BranchPlan, Plan, Routing, ShelfKind, SourceKind};
-use crate::delay::DelayRule;
+use super::plan::{BranchPlan, Plan, Routing};
 use crate::record::TargetKind;
 use crate::retry::{Jitter, Retry};
 use crate::sink::http::{HttpSpec, verdict_table};
@@ -21,7 +22,7 @@ use crate::sink::{Kind, delivered_note};
 use crate::spec::diagnostic::mask;
 use crate::spec::expand::child;
 use crate::spec::sink::{OnDeadLetter, Ordering, Otherwise, StartSpec};
-use crate::spec::{Loaded, OnFull, StageSpec};
+use crate::spec::{Loaded, StageSpec};
 use crate::units::{ByteSize, Span};
 
 /// A plan in words.
@@ -166,8 +167,8 @@ pub(super) fn report(loaded: &Loaded, plan: &Plan) -> Report {
         owner: plan.owner.clone(),
         shard: plan.shard.clone(),
         revision: plan.revision.to_string(),
-        source: source(plan),
-        delay: delay(plan),
+        source: source::source(plan),
+        delay: source::delay(plan),
         transform: stages.iter().map(stage).collect(),
         routing: routing(plan),
         branches: plan.branches.iter().map(|branch| Describe { loaded, plan, branch }.report()).collect(),
@@ -175,142 +176,6 @@ pub(super) fn report(loaded: &Loaded, plan: &Plan) -> Report {
         inherited: loaded.inherited(),
         tests: plan.tests.len(),
     }
-}
-
-fn source(plan: &Plan) -> Vec<Fact> {
-    let source = &plan.source;
-    let (kind, durable) = match &source.kind {
-        SourceKind::Embedded => {
-            ("embedded log", "written and synced to this instance's disk (one fdatasync for a group) before the answer")
-        }
-        SourceKind::Memory => ("log in memory", "nothing: what is written is lost at exit; for tests and benchmarks"),
-        SourceKind::Kafka(_) => (
-            "Kafka topic",
-            "acknowledged by every replica in sync (acks=all) before the answer; brokers do not sync their disks for it",
-        ),
-        SourceKind::Redis(_) => (
-            "Redis Streams",
-            "on the server's disk as its own settings say (appendfsync always, or WAITAOF) before the answer; a failover may lose it",
-        ),
-        SourceKind::Sqs(_) => ("SQS queue", "listed under Successful by SQS before the answer"),
-    };
-    let mut facts = vec![fact("kind", kind), fact("durable", durable)];
-    facts.extend(foreign(plan));
-    let key = source.key.as_ref().map_or_else(
-        || "the request's key; without one a record has no order".to_owned(),
-        |pointer| format!("the request's key, else {pointer} of the payload; a key's records keep their order"),
-    );
-    facts.push(fact("key", key));
-    let keys = &source.idempotency;
-    let from = keys.from.as_ref().map_or(String::new(), |pointer| format!(", else {pointer} of the payload"));
-    facts.push(fact(
-        "idempotency",
-        format!("keys of the last {}, {} at most; the request's{from}", keys.window, keys.max),
-    ));
-    let limits = &source.limits;
-    let rate = limits.rate.map_or(String::new(), |rate| format!(", {rate}"));
-    let in_flight = limits.in_flight;
-    facts.push(fact(
-        "accepts",
-        format!("payloads up to {}{rate}; {in_flight} not yet durable, then 429", limits.record),
-    ));
-    if let Some(schema) = &source.schema {
-        facts.push(fact("schema", format!("{}; a payload that does not match is a 422", schema.path())));
-    }
-    let full = match source.backlog.on_full {
-        OnFull::Refuse => "new writes hear 503",
-        OnFull::Drop => "the oldest are dropped, counted",
-    };
-    facts.push(fact(
-        "backlog",
-        format!("unfinished records up to {} and {}, then {full}", source.backlog.size, source.backlog.age),
-    ));
-    facts.push(fact(
-        "retention",
-        format!("finished records for {} and up to {}", source.retention.age, source.retention.size),
-    ));
-    facts
-}
-
-/// What there is to know of a log that others keep.
-fn foreign(plan: &Plan) -> Vec<Fact> {
-    let source = &plan.source;
-    let mut facts = Vec::new();
-    if let SourceKind::Kafka(kafka) = &source.kind {
-        let branches: Vec<&str> = plan.branches.iter().map(|branch| branch.name.as_str()).collect();
-        facts.push(fact("topic", format!("{} at {}", kafka.topic, kafka.cluster().shown())));
-        let groups = branches.iter().map(|branch| kafka.group(plan.namespace.as_str(), branch));
-        facts.push(fact("groups", groups.collect::<Vec<_>>().join(", ")));
-        if kafka.topics.create {
-            let made = &kafka.topics;
-            let replicas =
-                made.replicas.map_or("as many replicas as brokers, 3 at most".to_owned(), |n| format!("{n} replicas"));
-            facts.push(fact("made", format!("if it is not there: {} partitions, {replicas}", made.partitions)));
-        } else {
-            facts.push(fact("made", "never; somebody with the rights runs:".to_owned()));
-            let commands = kafka.commands(plan.namespace.as_str(), &branches);
-            facts.extend(commands.into_iter().map(|command| fact("", command)));
-        }
-    }
-    if let SourceKind::Sqs(sqs) = &source.kind {
-        let order = if sqs.is_fifo() {
-            "a key's records keep their order (FIFO)"
-        } else {
-            "no order: the queue is a standard one"
-        };
-        facts.push(fact("queue", format!("{}; {order}", sqs.queue)));
-    }
-    if let SourceKind::Redis(redis) = &source.kind {
-        facts.push(fact("streams", format!("{redis:?}")));
-    }
-    if let ShelfKind::Redis(shelf) = &source.shelf {
-        facts.push(fact("shelf", format!("in Redis, in memory there and bounded by it: {shelf:?}")));
-        let twice = if matches!(source.kind, SourceKind::Redis(_)) {
-            "one record, exactly"
-        } else {
-            "one record, except after a crash in between: then it may be appended twice, under one id"
-        };
-        facts.push(fact("a key again", twice));
-    }
-    if let ShelfKind::Postgres(shelf) = &source.shelf {
-        let host = crate::source::postgres::shown(shelf);
-        facts.push(fact("shelf", format!("{host}: what waits, what is dead, keys and revisions of the file")));
-        facts.push(fact(
-            "a key again",
-            "one record, except after a crash in between: then it may be appended twice, under one id",
-        ));
-    }
-    if source.kind.is_foreign() && matches!(source.shelf, ShelfKind::None) {
-        facts.push(fact(
-            "shelf",
-            "none: a write with a delay is a 501, a failing key holds what is behind it, dead letters go to the broker",
-        ));
-        facts.push(fact("a key again", "may be appended twice; the key goes on to the sink"));
-    }
-    facts
-}
-
-fn delay(plan: &Plan) -> Vec<Fact> {
-    let Some(delay) = &plan.delay else {
-        return vec![fact(
-            "due",
-            format!("at once, unless the request asks for a delay (up to {})", span(crate::delay::DEFAULT_MAX)),
-        )];
-    };
-    let rule = match &delay.rule {
-        None => "at once, unless the request asks for a delay".to_owned(),
-        Some(DelayRule::Fixed(wait)) => {
-            format!("{} after it was written, unless the request says otherwise", span(*wait))
-        }
-        Some(DelayRule::For(expression)) => format!("after so many seconds: {}", brief(expression.source())),
-        Some(DelayRule::Until(expression)) => format!("at the time: {}", brief(expression.source())),
-    };
-    let mut facts = vec![fact("due", rule)];
-    if !delay.jitter.is_zero() {
-        facts.push(fact("jitter", format!("up to {} more, the same for all records of a key", span(delay.jitter))));
-    }
-    facts.push(fact("longest", format!("{}; more is a 422", span(delay.max))));
-    facts
 }
 
 /// A stage on one line.

@@ -169,7 +169,11 @@ impl Logs {
         };
         let (broker, first) = match &source.kind {
             SourceKind::Kafka(spec) => {
-                let first = if spec.start == KafkaStart::Earliest { First::Earliest } else { First::Latest };
+                let first = match spec.start {
+                    KafkaStart::Earliest => First::Earliest,
+                    KafkaStart::Latest => First::Latest,
+                    KafkaStart::Time(time) => First::Time(time),
+                };
                 (kafka::open(spec, &context)?, first)
             }
             SourceKind::Redis(spec) => (redis::open(spec, &context)?, First::Earliest),

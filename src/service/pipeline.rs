@@ -331,6 +331,7 @@ fn inlet(
 ) -> Inlet {
     let source = &plan.source;
     let (limit, rate) = (source.limits.in_flight.0, source.limits.rate.map(crate::units::Rate::per_second));
+    log.hold(plan.delay.clone().filter(|delay| delay.rule.is_some()).map(crate::delay::hold_rule));
     let outlet = |branch: &Arc<BranchPlan>| Outlet {
         sink: Arc::clone(&branch.sink),
         region: branch.region.clone(),

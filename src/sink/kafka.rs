@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures::future::{BoxFuture, FutureExt};
 use indexmap::IndexMap;
 use rdkafka::ClientConfig;
+use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer as _};
@@ -19,7 +20,9 @@ use serde_json::Value;
 
 use super::template::{Document, Scope, Template};
 use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written};
-use crate::connection::kafka::{Cluster, METADATA_TIMEOUT, SaslSpec, Shared, TlsSpec, explain};
+use crate::connection::kafka::{
+    Cluster, Lasting, Listener, METADATA_TIMEOUT, SaslSpec, Shared, TlsSpec, explain, let_go,
+};
 use crate::connection::probe::Probed;
 use crate::units::Span;
 
@@ -153,11 +156,33 @@ pub(super) fn delivered_note() -> Vec<String> {
 }
 
 /// Producers that sinks of equal settings share.
-static PRODUCERS: Shared<(Cluster, Compression, Duration), FutureProducer> = Shared::new();
+static PRODUCERS: Shared<(Cluster, Compression, Duration), Producer> = Shared::new();
+
+type Client = FutureProducer<Listener>;
+
+/// A producer that is made anew when it has to be.
+struct Producer {
+    clients: Lasting<Client>,
+    listener: Listener,
+}
+
+impl Producer {
+    fn new(cluster: &Cluster, config: ClientConfig) -> Result<Self, KafkaError> {
+        let listener = Listener::new(cluster);
+        let heard = listener.clone();
+        let make = move || Client::from_config_and_context(&config, heard.clone());
+        Ok(Self { clients: Lasting::new(make)?, listener })
+    }
+
+    /// The client to write with. After a fatal error one takes nothing more, and certificates are read when it is made.
+    fn client(&self) -> Result<Arc<Client>, KafkaError> {
+        self.clients.fresh(|client| client.client().fatal_error().is_some() || self.listener.is_about_files())
+    }
+}
 
 /// A Kafka cluster.
 pub struct KafkaSink {
-    producer: Arc<FutureProducer>,
+    producer: Arc<Producer>,
     shown: Box<str>,
     topic: Template,
     key: Option<Template>,
@@ -191,7 +216,7 @@ impl KafkaSink {
             // A topic that is not there is told soon, and as what it is.
             config.set("topic.metadata.propagation.max.ms", "1000");
             config.set("queue.buffering.max.messages", "100000").set("queue.buffering.max.kbytes", "65536");
-            config.create()
+            Producer::new(&cluster, config)
         };
         let producer = PRODUCERS.get((cluster.clone(), spec.compression, spec.timeout()), make);
         let producer = producer.map_err(|error: KafkaError| wrong("", explain(&error).into()))?;
@@ -253,11 +278,11 @@ impl KafkaSink {
             // Nobody there, no quorum, no right, no topic: the target's trouble, for every record.
             _ => Verdict::Down,
         };
-        Failure::new(verdict, format!("{}: {}", self.shown, explain(error)))
+        Failure::new(verdict, format!("{}: {}", self.shown, self.producer.listener.explain(error)))
     }
 
     async fn look(&self, topic: &str) -> Result<String, String> {
-        let (producer, topic) = (Arc::clone(&self.producer), topic.to_owned());
+        let (producer, topic) = (self.producer.clients.get(), topic.to_owned());
         let looked = tokio::task::spawn_blocking(move || {
             let metadata = producer.client().fetch_metadata(Some(&topic), METADATA_TIMEOUT)?;
             let found = metadata.topics().iter().find(|found| found.name() == topic);
@@ -266,7 +291,8 @@ impl KafkaSink {
                 None => Ok(found.map_or(0, |found| found.partitions().len())),
             }
         });
-        let partitions = looked.await.map_err(|error| error.to_string())?.map_err(|error| explain(&error))?;
+        let listener = &self.producer.listener;
+        let partitions = looked.await.map_err(|error| error.to_string())?.map_err(|error| listener.explain(&error))?;
         Ok(format!("topic {}, {partitions} partition(s)", self.topic.literal_prefix()))
     }
 }
@@ -279,6 +305,12 @@ impl Sink for KafkaSink {
 
     fn write<'a>(&'a self, batch: &'a [Operation]) -> BoxFuture<'a, Written> {
         async move {
+            let client = match self.producer.client() {
+                Ok(client) => client,
+                Err(error) => {
+                    return Written { failed: (0..batch.len()).map(|index| (index, self.judge(&error))).collect() };
+                }
+            };
             let mut failed = Vec::new();
             let mut reports = Vec::with_capacity(batch.len());
             for (index, operation) in batch.iter().enumerate() {
@@ -294,19 +326,24 @@ impl Sink for KafkaSink {
                 if let Some(key) = &message.key {
                     record = record.key(key.as_slice());
                 }
-                match self.producer.send_result(record) {
+                match client.send_result(record) {
                     Ok(report) => reports.push((index, report)),
                     Err((error, _)) => failed.push((index, self.judge(&error))),
                 }
             }
+            let mut taken = false;
             // One after the other: all are under way whoever is asked first.
             for (index, report) in reports {
                 match report.await {
-                    Ok(Ok(_)) => {}
+                    Ok(Ok(_)) => taken = true,
                     Ok(Err((error, _))) => failed.push((index, self.judge(&error))),
                     Err(_) => failed
                         .push((index, Failure::new(Verdict::Backoff, format!("{}: the client ended", self.shown)))),
                 }
+            }
+            let_go(client);
+            if taken {
+                self.producer.listener.clear();
             }
             failed.sort_unstable_by_key(|(index, _)| *index);
             let mut seen = HashSet::new();
@@ -368,5 +405,26 @@ mod tests {
         assert_eq!(names, ["a", ID]);
         spec.headers.insert(ID.to_owned(), "x".to_owned());
         assert_eq!(check(&spec).len(), 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn after_a_fatal_error_the_branch_goes_on_with_another_producer() {
+        use rdkafka::mocking::MockCluster;
+        use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+        let broker = MockCluster::new(1).unwrap();
+        broker.create_topic("orders", 1, 1).unwrap();
+        let spec = KafkaSpec { brokers: Some(broker.bootstrap_servers()), ..spec("orders") };
+        let sink = KafkaSink::open(&spec, &context()).unwrap();
+        let batch = [operation_with("1", |_| {})];
+        assert!(sink.write(&batch).await.failed.is_empty());
+        let first = sink.producer.clients.get();
+        let desynchronized = RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
+        broker.request_errors(RDKafkaApiKey::Produce, &[desynchronized]);
+        let failed = sink.write(&batch).await.failed;
+        assert_eq!(failed.len(), 1, "it was not delivered");
+        assert_ne!(failed[0].1.verdict, Verdict::Never, "that is not the record's fault: {failed:?}");
+        assert!(first.client().fatal_error().is_some(), "the error was a fatal one");
+        let written = tokio::time::timeout(Duration::from_secs(60), sink.write(&batch)).await.unwrap();
+        assert!(written.failed.is_empty(), "{:?}", written.failed);
     }
 }

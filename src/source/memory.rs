@@ -166,6 +166,7 @@ impl Log for Memory {
         Caps {
             delay: true,
             max_delay: None,
+            hold: false,
             schedule: true,
             ordered: true,
             exact_keys: true,

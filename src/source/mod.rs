@@ -19,7 +19,7 @@ pub mod redis;
 pub mod sqs;
 mod waiting;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,6 +79,9 @@ pub struct Caps {
     pub delay: bool,
     /// The longest delay, if there is a limit.
     pub max_delay: Option<Duration>,
+    /// The log holds its records, in its order, until they are due by the file's rule: what others wrote, and where nothing
+    /// may be parked what was written here as well.
+    pub hold: bool,
     /// Parked records can be listed and cancelled.
     pub schedule: bool,
     /// Order per key is kept.
@@ -147,7 +150,20 @@ pub struct Entry {
     pub position: Position,
     /// The record.
     pub record: Arc<Record>,
+    /// Why nobody can say when it is due: it ends in the dead letters. Only records that others wrote have it, since a write
+    /// without a time is refused.
+    pub fault: Option<Arc<str>>,
 }
+
+impl Entry {
+    /// A record that may be delivered.
+    pub const fn new(position: Position, record: Arc<Record>) -> Self {
+        Self { position, record, fault: None }
+    }
+}
+
+/// When a record is due that another program wrote, by the file's rule; `None` = at once. What has no time ends by this reason.
+pub type HoldRule = Arc<dyn Fn(&Arc<Record>) -> Result<Option<Timestamp>, Arc<str>> + Send + Sync>;
 
 /// A branch's own reader. Reads only what is durable, in log order, each position once.
 pub trait Subscription: Send {
@@ -159,6 +175,9 @@ pub trait Subscription: Send {
     /// # Cancel safety
     /// Dropping the wait loses nothing: the next call gives the same records.
     fn next(&mut self, max_records: usize, max_bytes: usize) -> BoxFuture<'_, Result<Vec<Entry>, LogError>>;
+
+    /// These parts bring enough for now, all others go on. What is on its way of them may still come.
+    fn rest(&mut self, _parts: &BTreeSet<u16>) {}
 }
 
 /// A child of a position: 0 is the record itself, 1… are what `emit` made of it.
@@ -327,6 +346,9 @@ pub trait Log: Send + Sync {
     /// # Errors
     /// When the log is closed.
     fn rename_branch(&self, from: &BranchName, to: &BranchName) -> BoxFuture<'static, Result<(), LogError>>;
+
+    /// From now on what others write into the log is due by this rule; `None` = at once. Only where [`Caps::hold`] says so.
+    fn hold(&self, _rule: Option<HoldRule>) {}
 
     /// The branches that the log knows, whether or not the file still has them.
     fn branches(&self) -> Vec<BranchName>;

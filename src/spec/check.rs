@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::code::Code;
 use super::expand::{Written, child, core_type};
 use super::grammar::{self, resolve, type_name};
+use crate::source::kafka::KafkaStart;
 use crate::units::{ByteSize, Count, Rate, Span};
 
 /// One thing that does not fit the grammar.
@@ -107,6 +108,7 @@ fn parse_named(name: &str, text: &str) -> Option<Result<(), String>> {
         "ByteSize" => Some(text.parse::<ByteSize>().map(drop).map_err(|error| error.to_string())),
         "Count" => Some(text.parse::<Count>().map(drop).map_err(|error| error.to_string())),
         "Rate" => Some(text.parse::<Rate>().map(drop).map_err(|error| error.to_string())),
+        "KafkaStart" => Some(text.parse::<KafkaStart>().map(drop).map_err(|error| error.to_string())),
         _ => None,
     }
 }

@@ -200,3 +200,77 @@ async fn without_a_shelf_a_delay_is_refused_and_a_dead_letter_goes_to_a_topic() 
     });
     assert_eq!(letter.await.unwrap(), (br#"{"n":9}"#.to_vec(), "refused".to_owned()));
 }
+
+/// Another program writes this, so long ago.
+async fn others_write(topic: &str, ago: Duration, payload: &str) {
+    let at =
+        i64::try_from((std::time::SystemTime::now() - ago).duration_since(std::time::UNIX_EPOCH).unwrap().as_millis());
+    let record: FutureRecord<'_, str, str> = FutureRecord::to(topic).timestamp(at.unwrap()).payload(payload);
+    producer().send(record, Duration::from_secs(10)).await.unwrap();
+}
+
+const LONG_AGO: Duration = Duration::from_secs(2 * 3_600);
+
+#[tokio::test]
+#[ignore = "needs Kafka: run tests/run"]
+async fn without_a_shelf_the_files_delay_holds_a_partition_until_its_head_is_due() {
+    let namespace = unique("held");
+    let text = |delay: &str| {
+        format!(
+            "{}delay: {{ for: {delay} }}\n",
+            pipeline(&namespace, ", topics: { partitions: 1 }", "{ file: { path: out.ndjson } }")
+        )
+    };
+    let place = Place::new().pipeline("a.yaml", &text("1h"));
+    let running = place.start().await;
+    let (_, plan, _) = running.cli(&place, &["run", "pipelines", "--dry-run"]);
+    assert!(plan.contains("every record waits in its partition"), "{plan}");
+    let delayed = json!({"namespace": namespace, "payload": {"n": 1}, "lifecycle": {"delay": 5}});
+    let (status, answer) = running.write(&delayed).await.unwrap();
+    assert_eq!(status.as_u16(), 501, "{answer}");
+    assert!(answer["detail"].as_str().unwrap().contains("source.shelf"), "{answer}");
+    others_write(&namespace, LONG_AGO, "1").await;
+    until("what is due arrives", || (place.lines("out.ndjson") == ["1"]).then_some(())).await;
+    others_write(&namespace, Duration::ZERO, "2").await;
+    others_write(&namespace, LONG_AGO, "3").await;
+    until_status(&running, &namespace, "both are there", |status| status["branches"][0]["lagRecords"] == 2).await;
+    assert_eq!(place.lines("out.ndjson"), ["1"], "the head is not due, so neither is what is behind it");
+    place.put("a.yaml", &text("1s"));
+    crate::reload::reload(&running, 1).await;
+    until("they arrive in order", || (place.lines("out.ndjson") == ["1", "2", "3"]).then_some(())).await;
+    let (status, answer) = running.write(&json!({"namespace": namespace, "payload": 4})).await.unwrap();
+    assert_eq!(status.as_u16(), 202, "{answer}");
+    until("what was written here arrives", || (place.lines("out.ndjson").len() == 4).then_some(())).await;
+    let due: jiff::Timestamp = answer["deliverAt"].as_str().unwrap().parse().unwrap();
+    assert!(jiff::Timestamp::now() >= due, "not before {due}");
+}
+
+#[tokio::test]
+#[ignore = "needs Kafka and Redis: run tests/run"]
+async fn beside_a_shelf_what_others_write_is_held_and_what_is_written_here_is_parked() {
+    let namespace = unique("both");
+    let redis = std::env::var("WALFLOW_TEST_REDIS").expect("WALFLOW_TEST_REDIS names a server: run tests/run");
+    let source = pipeline(&namespace, ", topics: { partitions: 1 }", "{ file: { path: out.ndjson } }");
+    let source = source
+        .replace("  key: /key\n", &format!("  shelf: {{ redis: {{ url: \"{redis}\", prefix: \"{namespace}\" }} }}\n"));
+    let place = Place::new().pipeline("a.yaml", &format!("{source}delay: {{ until: 'payload.at' }}\n"));
+    let running = place.start().await;
+    let (_, plan, _) = running.cli(&place, &["run", "pipelines", "--dry-run"]);
+    assert!(plan.contains("what other programs write to the topic waits in its partition"), "{plan}");
+    running.accepted(&namespace, None, json!({"at": "2019-01-01T00:00:00Z"})).await;
+    until("what is due arrives", || (place.lines("out.ndjson").len() == 1).then_some(())).await;
+    let delayed = json!({"namespace": namespace, "payload": {"at": 0}, "lifecycle": {"delay": "1h"}});
+    let (status, answer) = running.write(&delayed).await.unwrap();
+    assert_eq!(status.as_u16(), 202, "{answer}");
+    // A record whose time nobody can say has an end all the same.
+    others_write(&namespace, LONG_AGO, r#"{"at": true}"#).await;
+    let dead = |status: &Value| status["branches"][0]["deadLetters"] == 1;
+    until_status(&running, &namespace, "a dead letter", dead).await;
+    let (_, page) = running.get(&format!("/api/v1/wal/namespace/{namespace}/dead-letters")).await;
+    assert_eq!(page["items"][0]["stage"], "delay", "{page}");
+    let soon = jiff::Timestamp::now() + Duration::from_secs(3_600);
+    others_write(&namespace, LONG_AGO, &json!({"at": soon.to_string()}).to_string()).await;
+    let status =
+        until_status(&running, &namespace, "it is held", |status| status["branches"][0]["lagRecords"] == 1).await;
+    assert_eq!((&status["parked"], place.lines("out.ndjson").len()), (&json!(1), 1), "{status}");
+}

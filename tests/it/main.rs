@@ -23,6 +23,7 @@ mod hostile;
 mod http;
 mod kafka;
 mod kafka_faults;
+mod kafka_security;
 mod moving;
 mod outage;
 mod proxy;

@@ -41,11 +41,11 @@ impl Server {
 
     /// Starts it with more arguments; what they are for each server `tests/services/up` says.
     pub async fn start_with(name: &'static str, arguments: &[&str]) -> Self {
-        Self::start_at(free_ports(if name == "kafka3" { 6 } else { 2 }), name, arguments).await
+        Self::start_at(name, free_ports(if name == "kafka3" { 6 } else { 2 }), arguments).await
     }
 
-    /// Starts it on a port that [`free_ports`] gave, two of them.
-    pub async fn start_at(port: u16, name: &'static str, arguments: &[&str]) -> Self {
+    /// Starts it on this port and those behind it, which the caller has from [`free_ports`].
+    pub async fn start_at(name: &'static str, port: u16, arguments: &[&str]) -> Self {
         // PostgreSQL runs as a user of its own, who could not walk to a folder of the checkout.
         let scratch = std::env::var("WALFLOW_TEST_SCRATCH").unwrap_or_else(|_| "/tmp".into());
         let folder = tempfile::Builder::new().prefix("own.").tempdir_in(scratch).unwrap();
@@ -98,6 +98,11 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = Command::new(script("down")).arg("-9").arg(self.folder.path()).status();
     }
+}
+
+/// What `tests/services/install` has put there.
+pub fn installed(name: &str) -> PathBuf {
+    script("../../target/services").join(name)
 }
 
 /// `up`, or what lies beside it.

@@ -97,7 +97,7 @@ async fn a_topic_behind_a_bad_network_loses_nothing() {
     let mut proxy = Proxy::start(&format!("127.0.0.1:{port}")).await;
     // Clients go where the broker says that it is.
     let advertised = format!("advertised.listeners=PLAINTEXT://{}", proxy.address());
-    let _broker = Server::start_at(port, "kafka", &[&advertised]).await;
+    let _broker = Server::start_at("kafka", port, &[&advertised]).await;
     let name = unique("topic");
     let source = format!("kafka: {{ brokers: \"{}\", topic: {name} }}", proxy.address());
     bad_network(&name, &source, &mut proxy, true).await;

@@ -68,6 +68,10 @@ sink:
                 "topic.yaml",
                 "namespace: topic\nsource: { kafka: { brokers: h, topic: t }, shelf: { embedded: {} } }\nsink: { stdout: {} }\n",
             ),
+            (
+                "start.yaml",
+                "namespace: start\nsource:\n  kafka: { brokers: 'h:1', topic: t, start: yesterday }\nsink: { stdout: {} }\n",
+            ),
         ],
     ),
     (

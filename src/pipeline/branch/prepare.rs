@@ -112,7 +112,7 @@ pub(super) fn prepare(
     now: &Plan,
     then: Then<'_>,
 ) -> Prepared {
-    let entry = Entry { position, record };
+    let entry = Entry::new(position, record);
     let prepared = contained(position, &entry.record, || run(&entry, branch, now, then, Sharing::Not));
     prepared.unwrap_or_else(|| dead(position, &entry.record, Stillborn::by_us("the stages did not run")))
 }
@@ -146,7 +146,7 @@ fn run(
     (then, own): Then<'_>,
     sharing: Sharing<'_>,
 ) -> Option<Prepared> {
-    let Entry { position, record } = entry;
+    let Entry { position, record, fault } = entry;
     let mut prepared = Prepared { position: *position, record: Arc::clone(record), parts: Vec::new(), dropped: None };
     let Some(own) = own else { return Some(prepared) };
     match meant_for(record, &own.sink, own.region.as_deref(), branch.target, then.origin.as_deref()) {
@@ -160,6 +160,10 @@ fn run(
             prepared.dropped = Some("loop guard: it came over from another region, which sends it on itself".into());
             return Some(prepared);
         }
+    }
+    if let Some(fault) = fault {
+        let stillborn = Stillborn { reason: DeadReason::Script, stage: "delay".into(), error: (&**fault).into() };
+        return Some(dead(*position, record, stillborn));
     }
     // A script that runs before a route decides who takes the record, so it is the one of that time.
     let transform = if decides(&then.routing) { &then.transform } else { &now.transform };

@@ -134,6 +134,7 @@ impl Log for EmbeddedNamespace {
         Caps {
             delay: true,
             max_delay: None,
+            hold: false,
             schedule: true,
             ordered: true,
             exact_keys: true,

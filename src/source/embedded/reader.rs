@@ -239,7 +239,7 @@ fn from_segments_inner(
             let damaged = |_| SegmentError::Damaged { path: path(), offset: place.offset + at as u64, what };
             let record = Record::decode(&record).map_err(damaged)?;
             bytes += record.payload.len();
-            entries.push(Entry { position, record: Arc::new(record) });
+            entries.push(Entry::new(position, Arc::new(record)));
             if entries.len() >= max_records || bytes >= max_bytes {
                 place.offset += at as u64;
                 return Ok((entries, Some(place)));

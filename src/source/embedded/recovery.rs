@@ -349,7 +349,7 @@ fn remember(shared: &Arc<Shared>, commit: &Commit, applied: Sequence) {
         if let (Some(record), Change::Append { position, .. } | Change::Release { position, .. }) =
             (&durable.record, &frame.change)
         {
-            let entry = crate::source::Entry { position: *position, record: Arc::clone(record) };
+            let entry = crate::source::Entry::new(*position, Arc::clone(record));
             space.publish(entry, durable.header.frame_bytes() as u64, frame.time);
             space.assigned.fetch_max(position.0, std::sync::atomic::Ordering::AcqRel);
         }

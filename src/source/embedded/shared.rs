@@ -281,7 +281,7 @@ impl Shared {
                 if let (Some(record), Change::Append { position, .. } | Change::Release { position, .. }) =
                     (&durable.record, &durable.frame.change)
                 {
-                    let entry = Entry { position: *position, record: Arc::clone(record) };
+                    let entry = Entry::new(*position, Arc::clone(record));
                     space.publish(entry, bytes, durable.frame.time);
                 }
                 self.remember(space, &durable.frame);

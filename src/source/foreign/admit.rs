@@ -130,6 +130,7 @@ impl Inner {
             let due_at = write.due_at.filter(|due| *due > now);
             if let Some(due) = due_at
                 && self.store.is_none()
+                && !caps.hold
                 && caps.delay.is_none_or(|longest| due.since(now) > longest)
             {
                 return Err(AdmitError::Unsupported(match caps.delay {

@@ -8,6 +8,7 @@ use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 use super::store::Claimed;
+use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
 use crate::source::{AdmitError, BranchName, DeadLetter, IdempotencyKey, Lag, LogError, Reach, Subscription};
 
@@ -20,6 +21,8 @@ pub struct BrokerCaps {
     pub durable: bool,
     /// It wants to know each position that has ended.
     pub each_end: bool,
+    /// Others may write into it, and a part of it can be held until its next record is due.
+    pub hold: bool,
     /// How long it can delay a record itself; `None` = not at all.
     pub delay: Option<Duration>,
     /// The largest record that it takes, in bytes; `None` = no limit of its own.
@@ -50,6 +53,8 @@ pub enum Begin {
     Latest,
     /// After a [`Broker::place`].
     Place(Arc<str>),
+    /// In each part at the first record that the broker took at this time or later; where none is so late, at the end.
+    Time(Timestamp),
 }
 
 /// A branch's hold on the parts of the log that are its own in this process, until the subscription is dropped.

@@ -6,6 +6,7 @@
 
 mod admit;
 pub mod broker;
+mod hold;
 mod import;
 pub mod open;
 mod release;
@@ -28,12 +29,13 @@ use tokio_util::sync::CancellationToken;
 
 use self::admit::Ids;
 use self::broker::{Begin, Broker};
+use self::hold::Holding;
 use self::settle::Settler;
 use self::store::{Store, StoredBranch, StoredEpoch, StoredRecord};
 use super::{
-    AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Entry,
-    Epoch, Fate, Found, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement,
-    Shelf, ShelfCounts, Start, Subscription, Write,
+    AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Epoch,
+    Fate, Found, HoldRule, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement,
+    Shelf, ShelfCounts, Start, Write,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
@@ -63,6 +65,8 @@ pub enum First {
     Earliest,
     /// After what was there.
     Latest,
+    /// At the first record that the broker took at this time or later.
+    Time(Timestamp),
 }
 
 /// One namespace on a broker. Cheap to clone.
@@ -79,6 +83,8 @@ struct Inner {
     /// Tells this process from others that share the namespace.
     instance: String,
     ids: Mutex<Ids>,
+    /// When records of other programs are due.
+    hold: tokio::sync::watch::Sender<Option<HoldRule>>,
     /// Keys that this process has on the way: whoever comes second waits for the first.
     running: Mutex<HashMap<Box<str>, CancellationToken>>,
     /// The number under which keys are hashed.
@@ -107,6 +113,7 @@ impl Foreign {
             settings,
             instance,
             ids: Mutex::default(),
+            hold: tokio::sync::watch::Sender::new(None),
             running: Mutex::default(),
             hashed_by: tokio::sync::OnceCell::new(),
             epochs: Mutex::default(),
@@ -191,6 +198,7 @@ impl Inner {
             Start::After(position) if position.offset() == 0 => Begin::Earliest,
             Start::After(_) => Begin::Latest,
             Start::Epoch(1) if self.settings.first == First::Earliest => Begin::Earliest,
+            Start::Epoch(1) if let First::Time(time) = self.settings.first => Begin::Time(time),
             Start::Epoch(number) => {
                 let known = self.stored_epochs();
                 let place = known.iter().find(|epoch| epoch.number == number).map(|epoch| Arc::clone(&epoch.place));
@@ -235,7 +243,7 @@ impl Inner {
             unclean_stops: stored.unclean_stops,
             marks: stored.marks.into_iter().filter(|(position, _)| mine(*position)).collect(),
             cursor: opened.cursor,
-            subscription: Box::new(Stamped { subscription: opened.subscription, inner: Arc::clone(&self) }),
+            subscription: Box::new(Holding::new(opened.subscription, &self)),
             moved: opened.moved,
         })
     }
@@ -260,28 +268,6 @@ impl Inner {
     }
 }
 
-/// Records of other programs belong to no revision: they go by the one in force when they are read.
-struct Stamped {
-    subscription: Box<dyn Subscription>,
-    inner: Arc<Inner>,
-}
-
-impl Subscription for Stamped {
-    fn next(&mut self, max_records: usize, max_bytes: usize) -> BoxFuture<'_, Result<Vec<Entry>, LogError>> {
-        async move {
-            let mut entries = self.subscription.next(max_records, max_bytes).await?;
-            if entries.iter().any(|entry| entry.record.epoch == 0) {
-                let epoch = self.inner.epoch();
-                for entry in entries.iter_mut().filter(|entry| entry.record.epoch == 0) {
-                    Arc::make_mut(&mut entry.record).epoch = epoch;
-                }
-            }
-            Ok(entries)
-        }
-        .boxed()
-    }
-}
-
 impl Drop for Inner {
     fn drop(&mut self) {
         self.closed.cancel();
@@ -302,6 +288,7 @@ impl Log for Foreign {
         Caps {
             delay: has_store || broker.delay.is_some(),
             max_delay: if has_store { None } else { broker.delay },
+            hold: broker.hold,
             schedule: has_store,
             ordered: broker.ordered,
             exact_keys: self.inner.append_exactly(&[]).is_some(),
@@ -359,6 +346,12 @@ impl Log for Foreign {
             inner.broker.rename(&from, &to).await
         }
         .boxed()
+    }
+
+    fn hold(&self, rule: Option<HoldRule>) {
+        if self.inner.broker.caps().hold {
+            self.inner.hold.send_replace(rule);
+        }
     }
 
     fn branches(&self) -> Vec<BranchName> {

@@ -59,7 +59,7 @@ impl MemoryBroker {
     fn first_after(begin: &Begin, end: Position) -> Position {
         match begin {
             Begin::Earliest => Position(0),
-            Begin::Latest => end,
+            Begin::Latest | Begin::Time(_) => end,
             Begin::Place(place) => Position(place.parse().unwrap_or(0)),
         }
     }
@@ -102,7 +102,7 @@ impl Subscription for Reader {
 
 impl Broker for MemoryBroker {
     fn caps(&self) -> BrokerCaps {
-        BrokerCaps { ordered: true, durable: true, each_end: false, delay: None, largest_record: None }
+        BrokerCaps { ordered: true, durable: true, each_end: false, hold: true, delay: None, largest_record: None }
     }
 
     fn durable_note(&self) -> String {
@@ -118,7 +118,7 @@ impl Broker for MemoryBroker {
         let mut positions = Vec::new();
         for record in records {
             let position = Position(kept.entries.len() as u64 + 1);
-            kept.entries.push(Entry { position, record });
+            kept.entries.push(Entry::new(position, record));
             positions.push(position);
         }
         let lost = kept.lost_answers > 0;

@@ -3,6 +3,7 @@
 //! The thread polls whether or not anybody reads, so the group sees us alive while a target is away. Each assignment is a
 //! session with a frontier of its own: once its parts are taken away nothing of it is committed any more.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,14 +15,15 @@ use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::types::RDKafkaRespErr;
-use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
+use rdkafka::{Message as _, Offset, TopicPartitionList};
 use tokio::sync::Notify;
 
 use super::message;
+use super::resting::Resting;
 use super::session::Session;
 use super::topic::first_offset;
 use crate::clock::Timestamp;
-use crate::connection::kafka::{METADATA_TIMEOUT, explain};
+use crate::connection::kafka::{Cluster, Listener, METADATA_TIMEOUT, explain};
 use crate::record::{Position, Record};
 use crate::source::foreign::broker::{Begin, Opened};
 use crate::source::{Entry, LogError, Reach, Subscription};
@@ -51,6 +53,7 @@ pub(super) struct Shared {
     topic: String,
     group: String,
     number: u32,
+    listener: Listener,
     state: Mutex<State>,
     /// For the thread and for callbacks: something changed.
     changed: Condvar,
@@ -76,7 +79,7 @@ pub(super) struct Callbacks(Arc<Shared>);
 impl ClientContext for Callbacks {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(group = %self.0.group, %error, reason, "Kafka consumer");
-        self.0.state.lock().trouble = Some(explain(&error));
+        self.0.listener.hear(&error, reason);
     }
 }
 
@@ -137,8 +140,7 @@ impl Shared {
                 Offset::Offset(next) => next,
                 _ => {
                     fresh.push(u16::try_from(partition).unwrap_or(u16::MAX));
-                    let (low, high) = consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT)?;
-                    first_offset(&begin, partition, low, high)
+                    first_offset(consumer, &self.topic, partition, &begin)?
                 }
             };
             let place = u64::try_from(next).unwrap_or(0);
@@ -155,6 +157,7 @@ impl Shared {
         let generation = state.generations;
         tracing::info!(group = %self.group, partitions = ?parts, "partitions assigned");
         state.trouble = None;
+        self.listener.clear();
         state.session = Some(Session::new(generation, parts, cursor));
         drop(state);
         self.tell();
@@ -203,6 +206,7 @@ impl Shared {
     /// The thread: polls until it is stopped.
     fn run(self: &Arc<Self>, consumer: &BaseConsumer<Callbacks>) {
         let (mut paused, mut full_since) = (false, None);
+        let mut resting = Resting::default();
         let mut committed = Instant::now();
         loop {
             let mut state = self.state.lock();
@@ -228,6 +232,7 @@ impl Shared {
             match wanted {
                 Some(Upkeep::Rewind(from)) => {
                     paused = false;
+                    resting.forget();
                     if let Err(error) = consumer.assign(&from) {
                         self.fail(storage(format!("go back in topic {}", self.topic), &error));
                     }
@@ -250,6 +255,12 @@ impl Shared {
             {
                 let done = if full { consumer.pause(&assignment) } else { consumer.resume(&assignment) };
                 paused = if done.is_ok() { full } else { paused };
+                resting.forget();
+            }
+            let wanted =
+                self.state.lock().session.as_ref().map(|session| (session.generation, session.resting.clone()));
+            if let Some((generation, wanted)) = wanted.filter(|_| !paused) {
+                resting.keep(consumer, &self.topic, generation, wanted);
             }
             self.poll(consumer);
         }
@@ -374,12 +385,13 @@ enum Upkeep {
 impl Member {
     /// Joins the group. Connects when it can.
     pub(super) fn join(
-        mut config: ClientConfig,
+        cluster: &Cluster,
         topic: &str,
         group: &str,
         number: u32,
         begin: Begin,
     ) -> Result<Self, LogError> {
+        let mut config = cluster.config();
         config.set("group.id", group);
         config.set("enable.auto.commit", "false").set("enable.auto.offset.store", "false");
         // A stale offset is an alarm, never a silent jump.
@@ -396,6 +408,7 @@ impl Member {
             topic: topic.to_owned(),
             group: group.to_owned(),
             number,
+            listener: Listener::new(cluster),
             state: Mutex::new(State {
                 session: None,
                 begin,
@@ -482,7 +495,13 @@ impl Member {
     }
 
     pub(super) fn trouble(&self) -> Option<String> {
-        self.shared.state.lock().trouble.clone()
+        let heard = self.shared.listener.trouble().map(|heard| heard.to_string());
+        heard.or_else(|| self.shared.state.lock().trouble.clone())
+    }
+
+    /// Whether another client may not have what is wrong with this one.
+    pub(super) fn is_about_files(&self) -> bool {
+        self.shared.listener.is_about_files()
     }
 
     /// Commits and leaves. Blocks, with a bound.
@@ -527,6 +546,13 @@ impl Subscription for Parts {
             }
         }
         .boxed()
+    }
+
+    fn rest(&mut self, parts: &BTreeSet<u16>) {
+        let mut state = self.shared.state.lock();
+        if let Some(session) = state.session.as_mut().filter(|session| session.generation == self.generation) {
+            session.resting.clone_from(parts);
+        }
     }
 }
 

@@ -6,8 +6,11 @@
 mod consumer;
 mod message;
 mod producer;
+mod resting;
 mod session;
 mod spec;
+#[cfg(test)]
+mod tests;
 mod topic;
 
 use std::collections::{BTreeMap, HashMap};
@@ -163,8 +166,11 @@ impl Kafka {
 
     async fn find(&self, topic: String) -> Result<Option<TopicFacts>, String> {
         let cluster = self.cluster.clone();
-        let found = tokio::task::spawn_blocking(move || topic::look(&*topic::observer(&cluster)?, &topic)).await;
-        found.map_err(|error| error.to_string())?.map_err(|error| explain(&error))
+        let found = tokio::task::spawn_blocking(move || {
+            let client = topic::observer(&cluster).map_err(|error| explain(&error))?;
+            topic::look(&client, &topic).map_err(|error| topic::told(&client, &error))
+        });
+        found.await.map_err(|error| error.to_string())?
     }
 
     async fn create(&self, topic: &str) -> Result<(), String> {
@@ -239,7 +245,7 @@ impl Kafka {
             return Ok(Arc::clone(member));
         }
         let group = self.spec.group(self.context.namespace.as_str(), branch.as_str());
-        let joined = Member::join(self.cluster.config(), &self.spec.topic, &group, self.context.number, begin.clone())?;
+        let joined = Member::join(&self.cluster, &self.spec.topic, &group, self.context.number, begin.clone())?;
         let member = Arc::new(joined);
         branches.insert(branch.clone(), Arc::clone(&member));
         Ok(member)
@@ -256,7 +262,7 @@ impl Kafka {
 
 impl Broker for Kafka {
     fn caps(&self) -> BrokerCaps {
-        BrokerCaps { ordered: true, durable: true, each_end: false, delay: None, largest_record: None }
+        BrokerCaps { ordered: true, durable: true, each_end: false, hold: true, delay: None, largest_record: None }
     }
 
     fn durable_note(&self) -> String {
@@ -325,8 +331,12 @@ impl Broker for Kafka {
         async move {
             kafka.ready().await?;
             let member = kafka.member(&branch, &begin)?;
-            drop(kafka);
-            member.open(begin).await
+            let opened = member.open(begin).await;
+            // Certificates are read when a client is made: those that were put right are seen by another.
+            if opened.is_err() && member.is_about_files() {
+                kafka.leave(&branch).await;
+            }
+            opened
         }
         .boxed()
     }
@@ -479,22 +489,4 @@ fn murmur2(bytes: &[u8]) -> u32 {
 
 fn closed() -> AdmitError {
     AdmitError::Closed { reason: "the log is closing".into() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keys_find_the_partition_that_kafka_gives_them() {
-        // From Kafka's own tests of its partitioner.
-        for (text, hash) in [
-            ("21", -973_932_308),
-            ("foobar", -790_332_482),
-            ("a-little-bit-long-string", -985_981_536),
-            ("", 275_646_681),
-        ] {
-            assert_eq!(murmur2(text.as_bytes()).cast_signed(), hash, "{text}");
-        }
-    }
 }

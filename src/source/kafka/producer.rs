@@ -14,7 +14,7 @@ use rdkafka::{Message as _, util::Timeout};
 use tokio::sync::oneshot;
 
 use super::message;
-use crate::connection::kafka::{Cluster, Shared, explain};
+use crate::connection::kafka::{Cluster, Lasting, Listener, Shared, explain, let_go};
 use crate::record::{Position, Record};
 use crate::source::AdmitError;
 use crate::source::foreign::broker::Handed;
@@ -25,24 +25,21 @@ const DELIVERY: Duration = Duration::from_secs(30);
 /// How long a record waits for room in the client's queue.
 const ROOM: Duration = Duration::from_secs(5);
 /// After the cluster was found away, so long nothing is handed over without a look.
-const AWAY: Duration = Duration::from_secs(1);
+const AWAY: Duration = Duration::from_secs(5);
 
 static PRODUCERS: Shared<Cluster, Producer> = Shared::new();
 
 /// A cluster's producer.
 pub(super) struct Producer {
-    client: ThreadedProducer<Reports>,
+    clients: Lasting<Client>,
+    listener: Listener,
 }
 
-/// Since when no broker can be reached, and why.
-#[derive(Default)]
-struct Health {
-    trouble: Option<(Instant, String)>,
-}
+type Client = ThreadedProducer<Reports>;
 
 /// Where delivery reports go.
 struct Reports {
-    health: Mutex<Health>,
+    listener: Listener,
 }
 
 /// Records that were handed over together.
@@ -74,17 +71,11 @@ pub(super) struct Slot {
 
 impl ClientContext for Reports {
     fn error(&self, error: KafkaError, reason: &str) {
-        if matches!(
-            error.rdkafka_error_code(),
-            Some(RDKafkaErrorCode::AllBrokersDown | RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SSL)
-        ) {
-            let mut health = self.health.lock();
-            if health.trouble.is_none() {
-                tracing::warn!(%error, reason, "the Kafka cluster cannot be reached");
-            }
-            health.trouble = Some((Instant::now(), explain(&error)));
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::Fatal) {
+            tracing::warn!(reason, "a Kafka producer has ended, the next write gets another");
         } else {
             tracing::debug!(%error, reason, "Kafka producer");
+            self.listener.hear(&error, reason);
         }
     }
 }
@@ -95,7 +86,7 @@ impl ProducerContext for Reports {
     fn delivery(&self, result: &DeliveryResult<'_>, slot: Box<Slot>) {
         let outcome = match result {
             Ok(message) => {
-                self.health.lock().trouble = None;
+                self.listener.clear();
                 Ok(message::position(message.partition(), message.offset()))
             }
             // It was handed over: whatever is said now, it may be there.
@@ -117,31 +108,48 @@ impl Producer {
             config.set("message.timeout.ms", DELIVERY.as_millis().to_string());
             config.set("partitioner", "murmur2_random");
             config.set("message.max.bytes", "20000000");
-            let reports = Reports { health: Mutex::default() };
-            Ok(Self { client: ThreadedProducer::from_config_and_context(&config, reports)? })
+            let listener = Listener::new(cluster);
+            let heard = listener.clone();
+            let make = move || Client::from_config_and_context(&config, Reports { listener: heard.clone() });
+            Ok(Self { clients: Lasting::new(make)?, listener })
         })
     }
 
     /// Why the cluster cannot be used, if that is known.
-    pub(super) fn trouble(&self) -> Option<String> {
-        self.client.context().health.lock().trouble.as_ref().map(|(_, why)| why.clone())
+    pub(super) fn trouble(&self) -> Option<Arc<str>> {
+        self.listener.trouble()
     }
 
     /// A look whether the cluster is back, if it was away. Blocks.
     pub(super) fn look(&self) {
-        if self.trouble().is_some() && self.client.client().fetch_metadata(None, Duration::from_secs(2)).is_ok() {
-            tracing::info!("the Kafka cluster can be reached again");
-            self.client.context().health.lock().trouble = None;
+        if self.trouble().is_none() {
+            return;
+        }
+        // Certificates are read when a client is made: those that were put right are seen by another.
+        let client = self.clients.fresh(|client| is_spent(client) || self.listener.is_about_files());
+        if let Ok(client) = client {
+            if client.client().fetch_metadata(None, Duration::from_secs(2)).is_ok() {
+                tracing::info!("the Kafka cluster can be reached again");
+                self.listener.clear();
+            }
+            let_go(client);
         }
     }
 
     /// Queues the records in this order; each is answered by its delivery report.
     pub(super) async fn append(&self, topic: &str, records: Vec<Arc<Record>>) -> Result<Handed, AdmitError> {
-        if let Some((since, why)) = self.client.context().health.lock().trouble.clone()
-            && since.elapsed() < AWAY * 5
+        if let Some((since, why)) = self.listener.heard()
+            && since.elapsed() < AWAY
         {
             return Err(AdmitError::Unavailable { reason: format!("Kafka: {why}").into() });
         }
+        let client = self.clients.fresh(is_spent).map_err(|error| refusal(&error, explain(&error).into()))?;
+        let handed = Self::queue_all(&client, topic, records).await;
+        let_go(client);
+        handed
+    }
+
+    async fn queue_all(client: &Client, topic: &str, records: Vec<Arc<Record>>) -> Result<Handed, AdmitError> {
         let (told, wait) = oneshot::channel();
         let count = records.len();
         let group = Arc::new(Group {
@@ -151,7 +159,7 @@ impl Producer {
         });
         let deadline = Instant::now() + ROOM;
         for (index, record) in records.iter().enumerate() {
-            if let Err(error) = self.queue(topic, record, &group, index, deadline).await {
+            if let Err(error) = Self::queue(client, topic, record, &group, index, deadline).await {
                 let reason: Arc<str> = explain(&error).into();
                 if index == 0 {
                     return Err(refusal(&error, reason));
@@ -173,7 +181,7 @@ impl Producer {
     }
 
     async fn queue(
-        &self,
+        client: &Client,
         topic: &str,
         record: &Record,
         group: &Arc<Group>,
@@ -188,7 +196,7 @@ impl Producer {
             next = next.key(key);
         }
         loop {
-            match self.client.send(next) {
+            match client.send(next) {
                 Ok(()) => return Ok(()),
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back))
                     if Instant::now() < deadline =>
@@ -204,8 +212,13 @@ impl Producer {
     /// Waits, with a bound, until everything that was queued has its report. Blocks.
     pub(super) fn flush(&self) {
         // What is left then is reported as unknown when the client goes.
-        let _ = self.client.flush(Timeout::After(Duration::from_secs(5)));
+        let _ = self.clients.get().flush(Timeout::After(Duration::from_secs(5)));
     }
+}
+
+/// After a fatal error (its sequence is not the broker's, it is fenced, it may not be idempotent) a client takes nothing more.
+fn is_spent(client: &Client) -> bool {
+    client.client().fatal_error().is_some()
 }
 
 /// Why the client did not even take a record.
@@ -213,5 +226,47 @@ fn refusal(error: &KafkaError, reason: Arc<str>) -> AdmitError {
     match error.rdkafka_error_code() {
         Some(RDKafkaErrorCode::QueueFull) => AdmitError::Busy { retry_after: Duration::from_secs(1) },
         _ => AdmitError::Unavailable { reason: format!("Kafka: {reason}").into() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::mocking::MockCluster;
+    use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+
+    use super::*;
+    use crate::testing::record;
+
+    /// What became of one record, written anew until it is in the log.
+    async fn written(producer: &Producer) -> Vec<AdmitError> {
+        let mut refused = Vec::new();
+        loop {
+            let outcome = match producer.append("orders", vec![Arc::new(record("1"))]).await {
+                Ok(handed) => handed.await.remove(0),
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(_) => return refused,
+                Err(error) => refused.push(error),
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn after_a_fatal_error_another_producer_takes_its_place() {
+        let broker = MockCluster::new(1).unwrap();
+        broker.create_topic("orders", 1, 1).unwrap();
+        let cluster = Cluster { brokers: Some(broker.bootstrap_servers()), ..Cluster::default() };
+        let producer = Producer::of(&cluster).unwrap();
+        let patience = Duration::from_secs(60);
+        assert!(tokio::time::timeout(patience, written(&producer)).await.unwrap().is_empty());
+        let first = producer.clients.get();
+        let desynchronized = RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER;
+        broker.request_errors(RDKafkaApiKey::Produce, &[desynchronized]);
+        let refused = tokio::time::timeout(patience, written(&producer)).await.expect("it goes on by itself");
+        assert!(refused[0].is_unknown(), "the broker may have it: {refused:?}");
+        assert!(is_spent(&first), "the error was a fatal one");
+        assert!(!Arc::ptr_eq(&first, &producer.clients.get()));
     }
 }

@@ -1,6 +1,6 @@
 //! What one assignment of partitions holds: records ready to be read, the frontier of what has ended, bounds in bytes.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -35,6 +35,8 @@ pub(super) struct Session {
     pub(super) taken: bool,
     /// Somebody has read of it before.
     pub(super) used: bool,
+    /// Parts that bring enough for now: the thread pauses them.
+    pub(super) resting: BTreeSet<u16>,
     /// The thread has to go back to the frontier.
     pub(super) rewind: bool,
     pub(super) moved: CancellationToken,
@@ -54,6 +56,7 @@ impl Session {
             usual_weight: 0,
             taken: false,
             used: false,
+            resting: BTreeSet::new(),
             rewind: false,
             moved: CancellationToken::new(),
         }
@@ -62,6 +65,7 @@ impl Session {
     /// Forgets what was read.
     pub(super) fn clear(&mut self) {
         HELD.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+        self.resting.clear();
         self.queue.clear();
         self.times.clear();
     }
@@ -87,7 +91,7 @@ impl Session {
             let usual = self.usual_weight;
             self.usual_weight = if usual == 0 { weight as u64 } else { (usual * 15 + weight as u64).div_ceil(16) };
             self.times.push_back((position, record.written_at));
-            self.queue.push_back(Entry { position, record: Arc::new(record) });
+            self.queue.push_back(Entry::new(position, Arc::new(record)));
         }
         HELD.fetch_add(self.bytes - before, Ordering::Relaxed);
     }

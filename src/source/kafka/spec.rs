@@ -1,10 +1,14 @@
 //! `source.kafka:` as it is written: its grammar, what cannot work in it, and what a probe finds.
 
-use rdkafka::error::KafkaError;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::topic::{self, TopicFacts};
+use crate::clock::Timestamp;
 use crate::connection::kafka::{Cluster, SaslSpec, TlsSpec, explain};
 use crate::connection::probe::Probed;
 use crate::source::foreign::open::SpecFault;
@@ -23,7 +27,8 @@ pub struct KafkaSourceSpec {
     pub topic: String,
     /// How the topic is made when it is not there.
     pub topics: TopicsSpec,
-    /// Where the first branches begin in a topic that was there before. Default: earliest.
+    /// Where the first branches begin in a topic that was there before: `earliest`, `latest`, or a time such as
+    /// `2026-11-24T08:00:00Z`, in each partition at the first record so late. Default: earliest.
     pub start: KafkaStart,
     /// The consumer groups are called `PREFIX.NAMESPACE.BRANCH`. Default: walflow.
     pub group_prefix: Option<String>,
@@ -49,15 +54,73 @@ impl Default for TopicsSpec {
     }
 }
 
-/// `source.kafka.start:`
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+/// `source.kafka.start:` — `earliest`, `latest`, or a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KafkaStart {
     /// At the oldest record that the topic keeps.
     #[default]
     Earliest,
     /// With what comes after the start.
     Latest,
+    /// In each partition at the first record that is as late; where none is, at the end.
+    Time(Timestamp),
+}
+
+/// A text is no `start`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not earliest, latest or a time such as 2026-11-24T08:00:00Z")]
+pub struct NotAStart(String);
+
+impl FromStr for KafkaStart {
+    type Err = NotAStart;
+
+    fn from_str(text: &str) -> Result<Self, NotAStart> {
+        match text {
+            "earliest" => Ok(Self::Earliest),
+            "latest" => Ok(Self::Latest),
+            time => time.parse().map(Self::Time).map_err(|_| NotAStart(time.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for KafkaStart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Earliest => f.write_str("earliest"),
+            Self::Latest => f.write_str("latest"),
+            Self::Time(time) => time.fmt(f),
+        }
+    }
+}
+
+impl Serialize for KafkaStart {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for KafkaStart {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl JsonSchema for KafkaStart {
+    fn schema_name() -> Cow<'static, str> {
+        "KafkaStart".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        // A reference to the environment may stand wherever a value does.
+        json_schema!({
+            "description": "earliest, latest, or a time such as 2026-11-24T08:00:00Z",
+            "anyOf": [
+                { "type": "string", "enum": ["earliest", "latest"] },
+                { "type": "string", "format": "date-time" },
+                { "type": "string", "pattern": "\\$\\{.+\\}" },
+            ],
+        })
+    }
 }
 
 impl KafkaSourceSpec {
@@ -141,9 +204,9 @@ pub async fn probe(spec: &KafkaSourceSpec, namespace: &str, branches: &[String])
     let (cluster, topic) = (spec.cluster(), spec.topic.clone());
     let names: Vec<&str> = branches.iter().map(String::as_str).collect();
     let commands = spec.commands(namespace, &names).join("\n        ");
-    let looked = tokio::task::spawn_blocking(move || -> Result<_, KafkaError> {
-        let client = topic::observer(&cluster)?;
-        let facts = topic::look(&client, &topic)?;
+    let looked = tokio::task::spawn_blocking(move || -> Result<_, String> {
+        let client = topic::observer(&cluster).map_err(|error| explain(&error))?;
+        let facts = topic::look(&client, &topic).map_err(|error| topic::told(&client, &error))?;
         let wrong = match &facts {
             Some(facts) => topic::group_faults(&cluster, &topic, &facts.partitions, &groups),
             None => Vec::new(),
@@ -153,7 +216,7 @@ pub async fn probe(spec: &KafkaSourceSpec, namespace: &str, branches: &[String])
     .await;
     match looked {
         Err(error) => vec![Probed::wrong(what, error.to_string())],
-        Ok(Err(error)) => vec![Probed::wrong(what, explain(&error))],
+        Ok(Err(why)) => vec![Probed::wrong(what, why)],
         Ok(Ok((None, _))) if spec.topics.create => vec![Probed::fine(what, "it is not there and will be made")],
         Ok(Ok((None, _))) => {
             vec![Probed::wrong(what, format!("it does not exist; somebody with the rights runs:\n        {commands}"))]
@@ -181,6 +244,16 @@ mod tests {
         assert_eq!(places("{ brokers: a, topic: \"or ders\" }"), ["/brokers", "/topic"]);
         assert_eq!(places("{ brokers: \"a:1\", topic: t, topics: { partitions: 0 } }"), ["/topics/partitions"]);
         assert_eq!(places("{ brokers: \"a:1\", topic: t, tls: { cert_file: x } }"), ["/tls"]);
+    }
+
+    #[test]
+    fn a_start_is_a_word_or_a_time() {
+        let start = |text: &str| text.parse::<KafkaStart>().map_err(|error| error.to_string());
+        assert_eq!(start("latest"), Ok(KafkaStart::Latest));
+        let time = Timestamp::from_millis(1_764_000_000_000);
+        assert_eq!(start("2025-11-24T17:00:00+01:00"), Ok(KafkaStart::Time(time)));
+        assert_eq!(start(&KafkaStart::Time(time).to_string()), Ok(KafkaStart::Time(time)));
+        assert_eq!(start("yesterday").unwrap_err(), NotAStart("yesterday".to_owned()).to_string());
     }
 
     #[test]

@@ -8,15 +8,20 @@ use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
+use rdkafka::config::FromClientConfigAndContext as _;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 
 use super::message;
-use crate::connection::kafka::{Cluster, METADATA_TIMEOUT, Shared, explain};
+use crate::clock::Timestamp;
+use crate::connection::kafka::{Cluster, Listener, METADATA_TIMEOUT, Shared, explain};
 use crate::connection::probe::Probed;
 use crate::record::{Position, RecordId};
 use crate::source::foreign::broker::Begin;
+
+/// How long a client may take to say why a call failed.
+const WORDS: Duration = Duration::from_millis(500);
 
 /// What is known of a topic.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -60,11 +65,37 @@ impl TopicFacts {
     }
 }
 
-static OBSERVERS: Shared<Cluster, BaseConsumer> = Shared::new();
+/// A client that reads what it is asked for.
+pub(super) type Observer = BaseConsumer<Listener>;
+
+static OBSERVERS: Shared<Cluster, Observer> = Shared::new();
 
 /// A client of the cluster that reads what it is asked for and is in no group.
-pub(super) fn observer(cluster: &Cluster) -> Result<Arc<BaseConsumer>, KafkaError> {
-    OBSERVERS.get(cluster.clone(), || reader(cluster).create())
+pub(super) fn observer(cluster: &Cluster) -> Result<Arc<Observer>, KafkaError> {
+    OBSERVERS.get(cluster.clone(), || observer_of(cluster, &reader(cluster)))
+}
+
+fn observer_of(cluster: &Cluster, config: &ClientConfig) -> Result<Observer, KafkaError> {
+    Observer::from_config_and_context(config, Listener::new(cluster))
+}
+
+/// As a client of its own that has group `group`.
+fn member(cluster: &Cluster, group: &str) -> Result<Observer, KafkaError> {
+    observer_of(cluster, reader(cluster).set("group.id", group))
+}
+
+/// What a call's error means, with what the client has to say of its connections. Blocks, with a bound.
+pub(super) fn told(client: &Observer, error: &KafkaError) -> String {
+    let listener = client.client().context();
+    // What it says of them it says where messages are read, its lines for the log first, one with each call.
+    let deadline = Instant::now() + WORDS;
+    while listener.trouble().is_none() && Instant::now() < deadline {
+        client.poll(Duration::from_millis(10));
+    }
+    if listener.is_about_files() {
+        listener.ask();
+    }
+    listener.explain(error)
 }
 
 fn reader(cluster: &Cluster) -> ClientConfig {
@@ -76,7 +107,7 @@ fn reader(cluster: &Cluster) -> ClientConfig {
 }
 
 /// The topic's partitions and replicas; `None` = there is no such topic.
-pub(super) fn look(client: &BaseConsumer, topic: &str) -> Result<Option<TopicFacts>, KafkaError> {
+pub(super) fn look(client: &Observer, topic: &str) -> Result<Option<TopicFacts>, KafkaError> {
     let metadata = client.fetch_metadata(Some(topic), METADATA_TIMEOUT)?;
     let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else { return Ok(None) };
     match found.error().map(RDKafkaErrorCode::from) {
@@ -152,12 +183,12 @@ pub(super) async fn delete_group(cluster: &Cluster, group: &str) -> Result<(), K
 }
 
 /// How many brokers the cluster has.
-pub(super) fn brokers(client: &BaseConsumer) -> Result<usize, KafkaError> {
+pub(super) fn brokers(client: &Observer) -> Result<usize, KafkaError> {
     Ok(client.fetch_metadata(None, METADATA_TIMEOUT)?.brokers().len())
 }
 
 /// The offset after the last record of each partition, in one request for each leader.
-pub(super) fn ends(client: &BaseConsumer, topic: &str, partitions: &[i32]) -> Result<Vec<(i32, i64)>, KafkaError> {
+pub(super) fn ends(client: &Observer, topic: &str, partitions: &[i32]) -> Result<Vec<(i32, i64)>, KafkaError> {
     let mut wanted = TopicPartitionList::new();
     for partition in partitions {
         wanted.add_partition_offset(topic, *partition, Offset::End)?;
@@ -197,7 +228,7 @@ pub(super) fn find_after(
     ids: &HashSet<RecordId>,
     number: u32,
 ) -> Result<HashMap<RecordId, Position>, KafkaError> {
-    let client: BaseConsumer = reader(cluster).create()?;
+    let client = observer_of(cluster, &reader(cluster))?;
     let from = offsets_of(place);
     let partitions = look(&client, topic)?.map(|facts| facts.partitions).unwrap_or_default();
     let mut left: BTreeMap<i32, i64> = BTreeMap::new();
@@ -246,13 +277,38 @@ pub(super) fn find_after(
 }
 
 /// The next offset of a partition for a group that has committed none.
-pub(super) fn first_offset(begin: &Begin, partition: i32, low: i64, high: i64) -> i64 {
-    match begin {
+pub(super) fn first_offset<C: ConsumerContext>(
+    client: &BaseConsumer<C>,
+    topic: &str,
+    partition: i32,
+    begin: &Begin,
+) -> Result<i64, KafkaError> {
+    let (low, high) = client.fetch_watermarks(topic, partition, METADATA_TIMEOUT)?;
+    Ok(match begin {
         Begin::Earliest => low,
         Begin::Latest => high,
         // A partition that is newer than the place is read from its beginning.
         Begin::Place(place) => offsets_of(place).get(&partition).map_or(low, |next| (*next).clamp(low, high)),
-    }
+        Begin::Time(time) => first_since(client, topic, partition, *time)?.map_or(high, |next| next.max(low)),
+    })
+}
+
+/// The offset of the first record of a partition that is as late as `time`; `None` = there is none.
+fn first_since<C: ConsumerContext>(
+    client: &BaseConsumer<C>,
+    topic: &str,
+    partition: i32,
+    time: Timestamp,
+) -> Result<Option<i64>, KafkaError> {
+    let mut wanted = TopicPartitionList::new();
+    wanted.add_partition_offset(topic, partition, Offset::Offset(time.as_millis()))?;
+    let found = client.offsets_for_times(wanted, METADATA_TIMEOUT)?;
+    let Some(part) = found.elements().into_iter().next() else { return Ok(None) };
+    part.error()?;
+    Ok(match part.offset() {
+        Offset::Offset(next) => Some(next),
+        _ => None,
+    })
 }
 
 /// Commits where a group begins, for the partitions where it has committed nothing.
@@ -263,7 +319,7 @@ pub(super) fn begin(
     group: &str,
     begin: &Begin,
 ) -> Result<(), KafkaError> {
-    let client: BaseConsumer = reader(cluster).set("group.id", group).create()?;
+    let client = member(cluster, group)?;
     let mut wanted = TopicPartitionList::new();
     for partition in partitions {
         wanted.add_partition(topic, *partition);
@@ -271,8 +327,7 @@ pub(super) fn begin(
     let mut fresh = TopicPartitionList::new();
     for part in client.committed_offsets(wanted, METADATA_TIMEOUT)?.elements() {
         if !matches!(part.offset(), Offset::Offset(_)) {
-            let (low, high) = client.fetch_watermarks(topic, part.partition(), METADATA_TIMEOUT)?;
-            let next = first_offset(begin, part.partition(), low, high);
+            let next = first_offset(&client, topic, part.partition(), begin)?;
             fresh.add_partition_offset(topic, part.partition(), Offset::Offset(next))?;
         }
     }
@@ -302,7 +357,7 @@ pub(super) fn group_faults(cluster: &Cluster, topic: &str, partitions: &[i32], g
     let mut wrong = Vec::new();
     for group in groups {
         let look = || -> Result<Vec<String>, KafkaError> {
-            let client: BaseConsumer = reader(cluster).set("group.id", group).create()?;
+            let client = member(cluster, group)?;
             let mut wanted = TopicPartitionList::new();
             for partition in partitions {
                 wanted.add_partition(topic, *partition);
@@ -340,12 +395,11 @@ pub(super) fn copy_offsets(
     from: &str,
     to: &str,
 ) -> Result<(), KafkaError> {
-    let member = |group: &str| -> Result<BaseConsumer, KafkaError> { reader(cluster).set("group.id", group).create() };
     let mut wanted = TopicPartitionList::new();
     for partition in partitions {
         wanted.add_partition(topic, *partition);
     }
-    let committed = member(from)?.committed_offsets(wanted, METADATA_TIMEOUT)?;
+    let committed = member(cluster, from)?.committed_offsets(wanted, METADATA_TIMEOUT)?;
     let mut known = TopicPartitionList::new();
     for part in committed.elements() {
         if let Offset::Offset(_) = part.offset() {
@@ -355,5 +409,5 @@ pub(super) fn copy_offsets(
     if known.count() == 0 {
         return Ok(());
     }
-    member(to)?.commit(&known, CommitMode::Sync)
+    member(cluster, to)?.commit(&known, CommitMode::Sync)
 }

@@ -158,7 +158,7 @@ impl Store {
     fn append(&mut self, mut record: Record) -> Position {
         self.end = self.end.next();
         record.epoch = self.epochs.last().map_or(0, |epoch| epoch.number);
-        self.entries.push_back(Entry { position: self.end, record: Arc::new(record) });
+        self.entries.push_back(Entry::new(self.end, Arc::new(record)));
         self.end
     }
 

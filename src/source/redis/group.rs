@@ -383,7 +383,8 @@ pub(super) async fn begin_group(
 ) -> Result<Group, Failed> {
     let from = match begin {
         Begin::Earliest => "0".to_owned(),
-        Begin::Latest => "$".to_owned(),
+        // No file of streams names a time.
+        Begin::Latest | Begin::Time(_) => "$".to_owned(),
         Begin::Place(place) => names::in_place(place, part).to_string(),
     };
     let call = Call::new(&BEGIN).key(names.stream(part)).arg(group).arg(from);

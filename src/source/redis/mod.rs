@@ -299,7 +299,14 @@ impl Streams {
 
 impl Broker for Streams {
     fn caps(&self) -> BrokerCaps {
-        BrokerCaps { ordered: true, durable: self.durable, each_end: true, delay: None, largest_record: Some(LARGEST) }
+        BrokerCaps {
+            ordered: true,
+            durable: self.durable,
+            each_end: true,
+            hold: false,
+            delay: None,
+            largest_record: Some(LARGEST),
+        }
     }
 
     fn durable_note(&self) -> String {

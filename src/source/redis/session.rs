@@ -198,7 +198,7 @@ impl Session {
                     }
                     HELD.fetch_add(weight, Ordering::Relaxed);
                     self.bytes += weight;
-                    self.queue.push_back(Entry { position, record: Arc::new(*record) });
+                    self.queue.push_back(Entry::new(position, Arc::new(*record)));
                 }
             }
         }

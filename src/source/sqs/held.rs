@@ -200,7 +200,7 @@ impl Held {
             self.waiting_bytes -= holding.weight;
             self.newest = self.newest.next();
             self.given.insert(self.newest, id);
-            entries.push(Entry { position: self.newest, record });
+            entries.push(Entry::new(self.newest, record));
         }
         entries
     }

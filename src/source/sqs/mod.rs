@@ -228,6 +228,7 @@ impl Broker for Sqs {
     fn caps(&self) -> BrokerCaps {
         let largest = self.queue.known().map_or(LARGEST, |facts| facts.largest);
         BrokerCaps {
+            hold: false,
             ordered: self.queue.fifo,
             durable: true,
             each_end: true,
