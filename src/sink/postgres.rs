@@ -36,7 +36,9 @@ const CONNECTIONS: usize = 8;
 #[derive(Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PostgresSpec {
-    /// `postgres://user:password@host:5432/database`; with `?sslmode=require` only over TLS. May come from a region.
+    /// `postgres://user:password@host:5432/database`; with `?sslmode=require` only over TLS, where certificate and host name are
+    /// checked as by `verify-full` (which means the same); with `disable` never over TLS; without, over TLS where the server
+    /// offers it, checked the same. May come from a region.
     pub url: Option<String>,
     /// Certificates, in PEM, of those who may vouch for the server. Default: the system's.
     pub ca_file: Option<String>,
