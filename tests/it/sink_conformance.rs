@@ -4,6 +4,7 @@
 
 mod http;
 pub(crate) mod postgres;
+mod postgres_copy;
 mod postgres_faults;
 mod queues;
 mod redis;

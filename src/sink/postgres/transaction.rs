@@ -7,10 +7,20 @@ use deadpool_postgres::{ClientWrapper as Client, Object};
 use tokio_postgres::Transaction;
 use tokio_postgres::error::SqlState;
 
+use super::copy::Copied;
 use super::statement::{Row, Run, runs};
-use super::verdict::{Ended, is_the_columns, is_the_values, within};
+use super::verdict::{Ended, is_for_insert, is_the_columns, is_the_values, within};
 use super::{PostgresSink, make_barrier};
 use crate::sink::{Failure, Operation, Verdict};
+
+/// How a transaction is gone about.
+#[derive(Clone, Copy)]
+struct How {
+    /// Constraints are checked row by row, also those that could wait.
+    at_once: bool,
+    /// Many rows may go by COPY.
+    bulk: bool,
+}
 
 impl PostgresSink {
     /// Makes the barrier's table unless it is there.
@@ -43,14 +53,26 @@ impl PostgresSink {
     ) -> Result<Vec<(usize, Failure)>, Failure> {
         let mut client = self.lend().await?;
         self.prepare(&client).await?;
-        let ended = match self.transact(&mut client, batch, rows, refused, at_once).await {
+        // Checked row by row means that one has to be found, which COPY cannot; and what goes with each row is no bulk.
+        let bulk = !at_once && self.barrier.is_none();
+        let how = How { at_once, bulk };
+        let mut ended = match self.transact(&mut client, batch, rows, refused.clone(), how).await {
             Ok(failed) => return Ok(failed),
             Err(ended) => ended,
         };
+        if matches!(&ended, Ended::NotCopied(error) if is_for_insert(error)) {
+            drop(Object::take(client));
+            client = self.lend().await?;
+            let (rows, _) = self.rendered(batch);
+            ended = match self.transact(&mut client, batch, rows, refused, How { at_once, bulk: false }).await {
+                Ok(failed) => return Ok(failed),
+                Err(ended) => ended,
+            };
+        }
         match &ended {
             // What it still waits for would be taken for the next answer. A transaction that nobody ends is rolled back, and
             // until then its rows are locked, so nothing older comes after what is sent next.
-            Ended::Silent(_) => drop(Object::take(client)),
+            Ended::Silent(_) | Ended::NotCopied(_) => drop(Object::take(client)),
             Ended::Said(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => {
                 self.prepared.store(false, Ordering::Relaxed);
             }
@@ -65,11 +87,11 @@ impl PostgresSink {
         batch: &'a [Operation],
         rows: Vec<(usize, Row)>,
         mut refused_keys: HashSet<&'a str>,
-        at_once: bool,
+        how: How,
     ) -> Result<Vec<(usize, Failure)>, Ended> {
         let longest = self.timeout;
         let mut transaction = within(longest, client.transaction()).await?;
-        if at_once {
+        if how.at_once {
             within(longest, transaction.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
         }
         let rows = match &self.barrier {
@@ -78,7 +100,7 @@ impl PostgresSink {
         };
         let mut failed = Vec::new();
         // From the back, so that the next is popped.
-        let mut left: Vec<Run> = runs(rows);
+        let mut left: Vec<Run> = runs(rows, how.bulk);
         left.reverse();
         while let Some(mut run) = left.pop() {
             // What follows a refused record of its key waits: whether it may pass is for the driver to say.
@@ -96,6 +118,21 @@ impl PostgresSink {
             }
             let Some(case) = self.cases.get(run.case) else { continue };
             let savepoint = within(longest, transaction.savepoint("walflow_run")).await?;
+            if run.bulk {
+                run.bulk = false;
+                match self.copy(&savepoint, case, &run).await? {
+                    Copied::All => {
+                        within(longest, savepoint.commit()).await?;
+                        continue;
+                    }
+                    Copied::NotTried => {}
+                    Copied::InVain => {
+                        within(longest, savepoint.rollback()).await?;
+                        left.push(run);
+                        continue;
+                    }
+                }
+            }
             match case.execute(&savepoint, &run, longest).await {
                 Ok(()) => within(longest, savepoint.commit()).await?,
                 Err(Ended::Said(error))
