@@ -194,12 +194,12 @@ fn is_read_alike(json: &str) -> bool {
         match byte {
             b'"' => in_string = !in_string,
             b'\\' => {
-                if bytes.next() == Some(&b'u') {
-                    if bytes.as_slice().starts_with(b"0000") {
-                        return false;
-                    }
-                    pairs |= matches!(bytes.as_slice().first(), Some(b'd' | b'D'));
+                let is_code = bytes.next() == Some(&b'u');
+                let code = bytes.as_slice();
+                if is_code && code.starts_with(b"0000") {
+                    return false;
                 }
+                pairs |= is_code && matches!(code.first(), Some(b'd' | b'D'));
             }
             b'[' | b'{' if !in_string => {
                 depth += 1;
