@@ -1,5 +1,6 @@
 //! How to reach a PostgreSQL server: the address, TLS, and what its errors mean to a person.
 
+use std::io;
 use std::path::Path;
 use std::str::FromStr as _;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime, Timeouts};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -34,6 +35,23 @@ pub fn check(url: &str) -> Result<(), String> {
 fn parse(url: &str) -> Result<tokio_postgres::Config, String> {
     if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
         return Err("the URL does not begin with postgres://".to_owned());
+    }
+    for parameter in url.split(['?', '&']).skip(1) {
+        match parameter.split_once('=') {
+            // To those who write them they mean a certificate that nobody looks at.
+            Some(("sslmode", mode @ ("prefer" | "allow"))) => {
+                return Err(format!(
+                    "sslmode={mode} takes whatever the server offers, also a certificate for which nobody vouches, and that \
+                     walflow never does: write sslmode=require for TLS only (certificate and host name are checked), \
+                     sslmode=disable for none, or leave it out for TLS, with the same check, where the server offers it"
+                ));
+            }
+            Some(("sslrootcert", _)) => return Err("sslrootcert does not go into the URL: write ca_file".to_owned()),
+            Some((name @ ("sslcert" | "sslkey"), _)) => {
+                return Err(format!("{name} does not work: a client's certificate is not supported, write a password"));
+            }
+            _ => {}
+        }
     }
     // The certificate is always checked where there is TLS, so these all mean the same here.
     let url = url.replace("sslmode=verify-full", "sslmode=require").replace("sslmode=verify-ca", "sslmode=require");
@@ -148,6 +166,9 @@ impl Address {
 /// What an error means to a person, and what to do.
 pub fn explain(error: &tokio_postgres::Error) -> String {
     let Some(said) = error.as_db_error() else {
+        if let Some(why) = of_certificate(error) {
+            return why;
+        }
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(error);
         while let Some(inner) = cause {
@@ -174,11 +195,75 @@ pub fn explain(error: &tokio_postgres::Error) -> String {
     format!("{hint} ({}, SQLSTATE {})", said.message(), said.code().code())
 }
 
+/// What is wrong with the server's certificate, if that is why there is no connection.
+fn of_certificate(error: &tokio_postgres::Error) -> Option<String> {
+    let mut cause = std::error::Error::source(error);
+    let found = loop {
+        let inner = cause?;
+        // A handshake fails as an I/O error, and that hides what it holds from `source`.
+        let held = inner.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let found = held
+            .and_then(|held| held.downcast_ref::<rustls::Error>())
+            .or_else(|| inner.downcast_ref::<rustls::Error>());
+        match found {
+            Some(rustls::Error::InvalidCertificate(found)) => break found,
+            _ => cause = inner.source(),
+        }
+    };
+    let hint = match found {
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+            "the server's certificate has expired: give the server a new one, it is tried again"
+        }
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            "the server's certificate is not valid yet: do the clocks agree?"
+        }
+        CertificateError::UnknownIssuer => {
+            "nobody known here vouches for the server's certificate: name who does in ca_file, or write sslmode=disable \
+             if it may go in the clear; every other sslmode checks it, as verify-full does"
+        }
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            "the server's certificate is for another host name: write that one in the URL; every sslmode but disable checks it, \
+             as verify-full does"
+        }
+        _ => "the server's certificate is not taken",
+    };
+    Some(format!("{hint} ({found})"))
+}
+
 /// The same of a pool's error.
 pub fn explain_pool(error: &PoolError) -> String {
     match error {
         PoolError::Backend(error) => explain(error),
         PoolError::Timeout(_) => "no connection could be had in time".to_owned(),
         other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_sslmode_means_here_is_what_its_writer_means_or_it_is_refused() {
+        for (parameters, mode) in [
+            ("", SslMode::Prefer),
+            ("?sslmode=disable", SslMode::Disable),
+            ("?sslmode=require", SslMode::Require),
+            ("?sslmode=verify-ca", SslMode::Require),
+            ("?connect_timeout=3&sslmode=verify-full", SslMode::Require),
+        ] {
+            let config = parse(&format!("postgres://u:geheim@h/db{parameters}")).unwrap();
+            assert_eq!(config.get_ssl_mode(), mode, "{parameters}");
+        }
+        for (parameters, instead) in [
+            ("?sslmode=prefer", "write sslmode=require"),
+            ("?connect_timeout=3&sslmode=allow", "sslmode=disable for none"),
+            ("?sslrootcert=/etc/ca.pem", "write ca_file"),
+            ("?sslcert=/etc/own.pem&sslmode=require", "not supported"),
+            ("?sslmode=never", "sslmode"),
+        ] {
+            let why = check(&format!("postgres://u:geheim@h/db{parameters}")).unwrap_err();
+            assert!(why.contains(instead) && !why.contains("geheim"), "{parameters}: {why}");
+        }
     }
 }

@@ -4,25 +4,26 @@
 //! the columns' types, so that none loses a digit. A row that the server refuses is found and taken out; the others are
 //! taken. Never builds a value into a statement's text.
 
+mod copy;
 mod statement;
+mod transaction;
 mod verdict;
 
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use deadpool_postgres::{ClientWrapper as Client, Object, Pool};
+use deadpool_postgres::{Object, Pool};
 use futures::future::{BoxFuture, FutureExt};
 use indexmap::IndexMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio_postgres::Transaction;
-use tokio_postgres::error::SqlState;
 
-use self::statement::{Case, Run, runs};
-use self::verdict::{Ended, is_the_columns, is_the_values, judge_pool, within};
+use self::copy::Tables;
+use self::statement::Case;
+use self::verdict::judge_pool;
 use super::template::{Document, Scope};
 use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written};
 use crate::clock::Timestamp;
@@ -37,7 +38,9 @@ const CONNECTIONS: usize = 8;
 #[derive(Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PostgresSpec {
-    /// `postgres://user:password@host:5432/database`; with `?sslmode=require` only over TLS. May come from a region.
+    /// `postgres://user:password@host:5432/database`; with `?sslmode=require` only over TLS, where certificate and host name are
+    /// checked as by `verify-full` (which means the same); with `disable` never over TLS; without, over TLS where the server
+    /// offers it, checked the same. May come from a region.
     pub url: Option<String>,
     /// Certificates, in PEM, of those who may vouch for the server. Default: the system's.
     pub ca_file: Option<String>,
@@ -86,7 +89,9 @@ pub struct UpsertSpec {
     pub columns: IndexMap<String, Value>,
 }
 
-/// `insert:`
+/// `insert:` — many go by COPY, if nothing is lost by it: 100 or more in a row with the same columns, without `on_conflict` and
+/// `barrier`, into a table without rules, row security and columns of a domain, none of the columns written an array, a
+/// composite or generated always. Otherwise, and to find a row that is refused, by INSERT.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InsertSpec {
@@ -274,6 +279,8 @@ pub struct PostgresSink {
     barrier: Option<String>,
     /// The barrier's table was there when it was last looked for.
     prepared: AtomicBool,
+    /// What is known of the tables that rows may be copied into.
+    tables: Tables,
     context: SinkContext,
 }
 
@@ -300,6 +307,7 @@ impl PostgresSink {
             cases: cases.map_err(|why: Box<str>| wrong("", why.into()))?,
             barrier: spec.barrier.as_ref().map(|barrier| statement::quoted(&barrier.table)),
             prepared: AtomicBool::new(false),
+            tables: Tables::default(),
             timeout: spec.timeout(),
             context: context.clone(),
         })
@@ -311,25 +319,6 @@ impl PostgresSink {
 
     async fn lend(&self) -> Result<Object, Failure> {
         self.pool.get().await.map_err(|error| judge_pool(self.shown(), &error))
-    }
-
-    /// Makes the barrier's table unless it is there.
-    async fn prepare(&self, client: &Client) -> Result<(), Failure> {
-        let Some(barrier) = self.barrier.as_ref().filter(|_| !self.prepared.load(Ordering::Relaxed)) else {
-            return Ok(());
-        };
-        let make = make_barrier(barrier);
-        let look = async {
-            let there = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[barrier]).await?;
-            if there.try_get::<_, bool>(0)? { Ok(()) } else { client.batch_execute(&make).await }
-        };
-        within(self.timeout, look).await.map_err(|ended| {
-            let why = ended.judge("the barrier's table is not there").message;
-            let message = format!("{}: {why}; somebody with the right runs: {make}", self.shown());
-            Failure::new(Verdict::Down, message)
-        })?;
-        self.prepared.store(true, Ordering::Relaxed);
-        Ok(())
     }
 
     /// The rows of a batch, and what cannot be one.
@@ -350,134 +339,6 @@ impl PostgresSink {
             }
         }
         (rows, failed)
-    }
-
-    /// Writes the rows; those that are refused come back, each with its reason. `at_once` checks also those constraints row
-    /// by row that would be checked when the transaction ends.
-    async fn write_rows<'a>(
-        &self,
-        batch: &'a [Operation],
-        rows: Vec<(usize, statement::Row)>,
-        refused: HashSet<&'a str>,
-        at_once: bool,
-    ) -> Result<Vec<(usize, Failure)>, Failure> {
-        let mut client = self.lend().await?;
-        self.prepare(&client).await?;
-        let ended = match self.transact(&mut client, batch, rows, refused, at_once).await {
-            Ok(failed) => return Ok(failed),
-            Err(ended) => ended,
-        };
-        match &ended {
-            // What it still waits for would be taken for the next answer. A transaction that nobody ends is rolled back, and
-            // until then its rows are locked, so nothing older comes after what is sent next.
-            Ended::Silent(_) => drop(Object::take(client)),
-            Ended::Said(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => {
-                self.prepared.store(false, Ordering::Relaxed);
-            }
-            Ended::Said(_) => {}
-        }
-        Err(ended.judge(self.shown()))
-    }
-
-    async fn transact<'a>(
-        &self,
-        client: &mut Client,
-        batch: &'a [Operation],
-        rows: Vec<(usize, statement::Row)>,
-        mut refused_keys: HashSet<&'a str>,
-        at_once: bool,
-    ) -> Result<Vec<(usize, Failure)>, Ended> {
-        let longest = self.timeout;
-        let mut transaction = within(longest, client.transaction()).await?;
-        if at_once {
-            within(longest, transaction.batch_execute("SET CONSTRAINTS ALL IMMEDIATE")).await?;
-        }
-        let rows = match &self.barrier {
-            None => rows,
-            Some(barrier) => self.new_ones(&transaction, barrier, batch, rows).await?,
-        };
-        let mut failed = Vec::new();
-        // From the back, so that the next is popped.
-        let mut left: Vec<Run> = runs(rows);
-        left.reverse();
-        while let Some(mut run) = left.pop() {
-            // What follows a refused record of its key waits: whether it may pass is for the driver to say.
-            run.rows.retain(|(index, _)| {
-                let key = batch.get(*index).and_then(|operation| operation.event.key.as_deref());
-                let waits = key.is_some_and(|key| refused_keys.contains(key));
-                if waits {
-                    let why = "not sent: an earlier record of its key in the same batch was refused";
-                    failed.push((*index, Failure::new(Verdict::Backoff, why)));
-                }
-                !waits
-            });
-            if run.rows.is_empty() {
-                continue;
-            }
-            let Some(case) = self.cases.get(run.case) else { continue };
-            let savepoint = within(longest, transaction.savepoint("walflow_run")).await?;
-            match case.execute(&savepoint, &run, longest).await {
-                Ok(()) => within(longest, savepoint.commit()).await?,
-                Err(Ended::Said(error))
-                    if is_the_values(&error) || (case.record_names_columns() && is_the_columns(&error)) =>
-                {
-                    within(longest, savepoint.rollback()).await?;
-                    if run.rows.len() > 1 {
-                        let right = run.split();
-                        left.push(right);
-                        left.push(run);
-                        continue;
-                    }
-                    let failure = Failure { verdict: Verdict::Never, ..Ended::Said(error).judge(self.shown()) };
-                    for (index, _) in run.rows {
-                        refused_keys.extend(batch.get(index).and_then(|operation| operation.event.key.as_deref()));
-                        failed.push((index, failure.clone()));
-                    }
-                }
-                Err(ended) => return Err(ended),
-            }
-        }
-        if let Some(barrier) = &self.barrier {
-            self.forget(&transaction, barrier, batch, &failed).await?;
-        }
-        within(longest, transaction.commit()).await?;
-        Ok(failed)
-    }
-
-    /// The rows that the barrier has not seen; it has seen them from now on.
-    async fn new_ones(
-        &self,
-        transaction: &Transaction<'_>,
-        barrier: &str,
-        batch: &[Operation],
-        rows: Vec<(usize, statement::Row)>,
-    ) -> Result<Vec<(usize, statement::Row)>, Ended> {
-        let ids: Vec<String> =
-            rows.iter().filter_map(|(index, _)| batch.get(*index)).map(Operation::delivery_id).collect();
-        let text = format!("INSERT INTO {barrier} (id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING RETURNING id");
-        let new = within(self.timeout, transaction.query(&text, &[&ids])).await?;
-        let new: HashSet<String> = new.iter().filter_map(|row| row.try_get(0).ok()).collect();
-        let is_new = |(index, _): &(usize, statement::Row)| {
-            batch.get(*index).is_some_and(|operation| new.contains(&operation.delivery_id()))
-        };
-        Ok(rows.into_iter().filter(is_new).collect())
-    }
-
-    /// What failed was not delivered.
-    async fn forget(
-        &self,
-        transaction: &Transaction<'_>,
-        barrier: &str,
-        batch: &[Operation],
-        failed: &[(usize, Failure)],
-    ) -> Result<(), Ended> {
-        let ids: Vec<String> =
-            failed.iter().filter_map(|(index, _)| batch.get(*index)).map(Operation::delivery_id).collect();
-        if ids.is_empty() {
-            return Ok(());
-        }
-        let text = format!("DELETE FROM {barrier} WHERE id = ANY($1)");
-        within(self.timeout, transaction.execute(&text, &[&ids])).await.map(|_| ())
     }
 
     async fn look(&self) -> Result<String, String> {

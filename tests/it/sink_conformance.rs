@@ -4,7 +4,9 @@
 
 mod http;
 pub(crate) mod postgres;
+mod postgres_copy;
 mod postgres_faults;
+mod postgres_servers;
 mod queues;
 mod redis;
 mod tls;

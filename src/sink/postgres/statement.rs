@@ -93,6 +93,11 @@ pub(super) fn quoted(name: &str) -> String {
     name.split('.').map(column).collect::<Vec<_>>().join(".")
 }
 
+/// Names of columns, in quotes.
+pub(super) fn list(names: &[String]) -> String {
+    names.iter().map(|name| column(name)).collect::<Vec<_>>().join(", ")
+}
+
 fn column(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
@@ -102,32 +107,45 @@ fn column(name: &str) -> String {
 pub(super) struct Row {
     case: usize,
     /// The columns, in the order of the row; rows of one statement have the same.
-    columns: Vec<String>,
-    /// The row as a JSON object, or the parameters of a statement.
+    pub(super) columns: Vec<String>,
     content: Content,
 }
 
 #[derive(Debug)]
 enum Content {
-    Object { text: String, key: Vec<String> },
+    /// A value for each column, and the key's.
+    Values { values: Vec<Box<RawValue>>, key: Vec<String> },
+    /// The parameters of a statement.
     Parameters(Vec<Option<String>>),
+}
+
+impl Row {
+    /// The values, one for each column; none of a statement's parameters.
+    pub(super) fn values(&self) -> &[Box<RawValue>] {
+        match &self.content {
+            Content::Values { values, .. } => values,
+            Content::Parameters(_) => &[],
+        }
+    }
 }
 
 /// Rows that one statement takes, in order, each with its index in the batch.
 pub(super) struct Run {
     pub(super) case: usize,
     pub(super) rows: Vec<(usize, Row)>,
+    /// It may be tried with COPY.
+    pub(super) bulk: bool,
 }
 
 impl Run {
     /// Keeps the first half and gives the second.
     pub(super) fn split(&mut self) -> Self {
-        Self { case: self.case, rows: self.rows.split_off(self.rows.len() / 2) }
+        Self { case: self.case, rows: self.rows.split_off(self.rows.len() / 2), bulk: false }
     }
 }
 
 /// Neighbours of one case and with the same columns go together.
-pub(super) fn runs(rows: Vec<(usize, Row)>) -> Vec<Run> {
+pub(super) fn runs(rows: Vec<(usize, Row)>, bulk: bool) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for (index, row) in rows {
         match runs.last_mut() {
@@ -136,7 +154,7 @@ pub(super) fn runs(rows: Vec<(usize, Row)>) -> Vec<Run> {
             {
                 run.rows.push((index, row));
             }
-            _ => runs.push(Run { case: row.case, rows: vec![(index, row)] }),
+            _ => runs.push(Run { case: row.case, rows: vec![(index, row)], bulk }),
         }
     }
     runs
@@ -220,10 +238,9 @@ impl Case {
                 _ => return Err(Failure::rendering(format!("the key column {name} has no value"))),
             }
         }
-        let text = serde_json::to_string(&fields).map_err(|error| Failure::rendering(error.to_string()))?;
-        let mut names: Vec<String> = fields.into_keys().collect();
-        names.sort_unstable();
-        Ok(Row { case: number, columns: names, content: Content::Object { text, key: key_values } })
+        fields.sort_unstable_keys();
+        let (columns, values) = fields.into_iter().unzip();
+        Ok(Row { case: number, columns, content: Content::Values { values, key: key_values } })
     }
 
     /// Whether the record says which columns there are, and not the file.
@@ -247,7 +264,7 @@ impl Case {
             let statement = within(longest, transaction.prepare(sql)).await?;
             let each = run.rows.iter().filter_map(|(_, row)| match &row.content {
                 Content::Parameters(values) => Some(values),
-                Content::Object { .. } => None,
+                Content::Values { .. } => None,
             });
             for values in each {
                 let texts: Vec<AsText<'_>> = values.iter().map(|value| AsText(value.as_deref())).collect();
@@ -260,26 +277,32 @@ impl Case {
         let rows = match self {
             // A statement may not touch a row twice: of one key the last counts.
             Self::Upsert { .. } => folded(&run.rows),
-            _ => run.rows.iter().filter_map(|(_, row)| object(row)).collect(),
+            _ => run.rows.iter().map(|(_, row)| row).collect(),
         };
-        let json = format!("[{}]", rows.join(","));
+        let json = array(&first.columns, &rows);
         let sql = self.sql(&first.columns);
         let statement = within(longest, transaction.prepare(&sql)).await?;
         let rows = AsText(Some(&json));
         within(longest, transaction.execute(&statement, &[&rows])).await.map(|_| ())
     }
 
+    /// The table, if the case is an insert and a row that is in its way is an error: what COPY does.
+    pub(super) fn plain_insert(&self) -> Option<&str> {
+        match self {
+            Self::Insert { table, ignore: false, .. } => Some(table),
+            _ => None,
+        }
+    }
+
     fn sql(&self, names: &[String]) -> String {
-        let list =
-            |names: &mut dyn Iterator<Item = &String>| names.map(|name| column(name)).collect::<Vec<_>>().join(", ");
-        let all = list(&mut names.iter());
+        let all = list(names);
         let from = |table: &str| format!("json_populate_recordset(NULL::{table}, $1::json)");
         match self {
             Self::Upsert { table, key, .. } => {
                 let rest = names.iter().filter(|name| !key.contains(name));
                 let set: Vec<String> = rest.map(|name| format!("{0} = excluded.{0}", column(name))).collect();
                 let act = if set.is_empty() { "NOTHING".to_owned() } else { format!("UPDATE SET {}", set.join(", ")) };
-                let target = list(&mut key.iter());
+                let target = list(key);
                 format!("INSERT INTO {table} ({all}) SELECT {all} FROM {} ON CONFLICT ({target}) DO {act}", from(table))
             }
             Self::Insert { table, ignore, .. } => {
@@ -359,26 +382,29 @@ fn fit_a_table(fields: &IndexMap<String, Box<RawValue>>) -> Result<(), Failure> 
     }
 }
 
-fn object(row: &Row) -> Option<&str> {
-    match &row.content {
-        Content::Object { text, .. } => Some(text),
-        Content::Parameters(_) => None,
-    }
+/// The rows as a JSON array of objects.
+fn array(columns: &[String], rows: &[&Row]) -> String {
+    let names: Vec<String> = columns.iter().map(|name| Value::from(name.as_str()).to_string()).collect();
+    let object = |row: &&Row| {
+        let fields = names.iter().zip(row.values()).map(|(name, value)| format!("{name}:{}", value.get()));
+        format!("{{{}}}", fields.collect::<Vec<_>>().join(","))
+    };
+    format!("[{}]", rows.iter().map(object).collect::<Vec<_>>().join(","))
 }
 
 /// Of rows with one key only the last, at the place of the last.
-fn folded(rows: &[(usize, Row)]) -> Vec<&str> {
+fn folded(rows: &[(usize, Row)]) -> Vec<&Row> {
     let mut last: HashMap<&[String], usize> = HashMap::new();
     for (at, (_, row)) in rows.iter().enumerate() {
-        if let Content::Object { key, .. } = &row.content {
+        if let Content::Values { key, .. } = &row.content {
             last.insert(key, at);
         }
     }
     let is_last = |(at, (_, row)): &(usize, &(usize, Row))| match &row.content {
-        Content::Object { key, .. } => last.get(key.as_slice()) == Some(at),
+        Content::Values { key, .. } => last.get(key.as_slice()) == Some(at),
         Content::Parameters(_) => true,
     };
-    rows.iter().enumerate().filter(is_last).filter_map(|(_, (_, row))| object(row)).collect()
+    rows.iter().enumerate().filter(is_last).map(|(_, (_, row))| row).collect()
 }
 
 /// A parameter as text: null where the record has null.

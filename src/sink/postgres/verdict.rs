@@ -19,6 +19,9 @@ pub(super) enum Ended {
     Said(tokio_postgres::Error),
     /// Nobody said anything within this time; the connection is good for nothing any more.
     Silent(Duration),
+    /// A COPY was refused before it began; the connection is good for nothing any more, for the protocol's library has sent
+    /// one message too many and takes the answer to it for that to the next.
+    NotCopied(tokio_postgres::Error),
 }
 
 impl From<tokio_postgres::Error> for Ended {
@@ -31,7 +34,7 @@ impl Ended {
     /// The failure that it is.
     pub(super) fn judge(&self, shown: &str) -> Failure {
         match self {
-            Self::Said(error) => judge(shown, error),
+            Self::Said(error) | Self::NotCopied(error) => judge(shown, error),
             Self::Silent(longest) => {
                 Failure::new(Verdict::Backoff, format!("{shown}: no answer within {longest:?}; it may be done or not"))
             }
@@ -60,6 +63,11 @@ pub(super) fn is_the_columns(error: &tokio_postgres::Error) -> bool {
     error.code().is_some_and(|code| {
         matches!(*code, SqlState::UNDEFINED_COLUMN | SqlState::DATATYPE_MISMATCH | SqlState::GENERATED_ALWAYS)
     })
+}
+
+/// True for an error of a COPY that the same rows may not meet in an INSERT, or that an INSERT says better.
+pub(super) fn is_for_insert(error: &tokio_postgres::Error) -> bool {
+    error.code().is_some_and(|code| of_values(code) || matches!(code.code().get(..2), Some("0A" | "42")))
 }
 
 fn of_values(code: &SqlState) -> bool {

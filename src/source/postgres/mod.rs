@@ -41,7 +41,9 @@ use crate::units::Span;
 #[derive(Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PostgresShelfSpec {
-    /// `postgres://user:password@host:5432/database`; with `?sslmode=require` only over TLS.
+    /// `postgres://user:password@host:5432/database`; with `?sslmode=require` only over TLS, where certificate and host name are
+    /// checked as by `verify-full` (which means the same); with `disable` never over TLS; without, over TLS where the server
+    /// offers it, checked the same.
     pub url: Option<String>,
     /// The schema of its tables. Default: walflow.
     pub schema: Option<String>,

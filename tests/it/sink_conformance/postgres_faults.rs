@@ -1,5 +1,6 @@
 //! `postgres` on a bad day: records that no table can hold, a server that falls silent or restarts, rights that are missing.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use serde_json::json;
@@ -198,4 +199,61 @@ async fn who_lacks_a_right_is_told_what_to_run() {
         .unwrap();
     assert_eq!(verdicts(&guarded.write(&batch).await), []);
     client.batch_execute(&format!("DROP OWNED BY {user}; DROP ROLE {user}")).await.unwrap();
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run tests/run"]
+async fn a_table_that_is_dropped_under_load_and_made_again_is_an_outage_and_loses_nothing_after_it() {
+    let (client, table) = (client().await, table("under"));
+    let make = |kind: &str| format!("CREATE TABLE {table} (id text PRIMARY KEY, s {kind})");
+    client.batch_execute(&make("json")).await.unwrap();
+    let sink = sink(json!({ "insert": { "table": table } }));
+    let (made_again, down, before) = (Cell::new(false), Cell::new(0), Cell::new(0));
+    // Batches by COPY and by INSERT, each sent until it is taken; those begun after the table was made again have to be there.
+    let writer = async |number: usize, rows: u16| {
+        let mut owed = Vec::new();
+        for round in 0.. {
+            if owed.len() >= 3 {
+                break;
+            }
+            let name = format!("{number}/{round}");
+            let row = |row| operation(row, &json!({ "id": format!("{name}/{row}"), "s": "a\u{e9}" }).to_string());
+            let batch: Vec<_> = (0..rows).map(row).collect();
+            let late = made_again.get();
+            loop {
+                let written = sink.write(&batch).await;
+                if written.failed.is_empty() {
+                    break;
+                }
+                assert_eq!(written.failed.len(), batch.len(), "all or none");
+                for (_, failure) in &written.failed {
+                    assert_eq!(failure.verdict, Verdict::Down, "{failure}");
+                }
+                down.set(down.get() + 1);
+                tokio::task::yield_now().await;
+            }
+            before.set(before.get() + 1);
+            if late {
+                owed.push((name, rows));
+            }
+        }
+        owed
+    };
+    let operator = async {
+        while before.get() < 8 {
+            tokio::task::yield_now().await;
+        }
+        client.batch_execute(&format!("DROP TABLE {table}")).await.unwrap();
+        while down.get() < 8 {
+            tokio::task::yield_now().await;
+        }
+        client.batch_execute(&make("text")).await.unwrap();
+        made_again.set(true);
+    };
+    let all = async { tokio::join!(writer(1, 150), writer(2, 150), writer(3, 10), writer(4, 1), operator) };
+    let (first, second, third, fourth, ()) = tokio::time::timeout(Duration::from_secs(60), all).await.expect("an end");
+    for (name, rows) in [first, second, third, fourth].concat() {
+        let there = format!("SELECT count(*)::text FROM {table} WHERE id LIKE '{name}/%' AND s = 'a\u{e9}'");
+        assert_eq!(one(&client, &there).await, rows.to_string(), "{name}");
+    }
 }
