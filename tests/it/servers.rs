@@ -34,7 +34,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `kafka`, `kafka3`, `redis`, `valkey`, `postgres` or `sqs`, and returns when it answers.
+    /// Starts `kafka`, `kafka3`, `redis`, `valkey`, `cluster`, `postgres` or `sqs`, and returns when it answers.
     pub async fn start(name: &'static str) -> Self {
         Self::start_with(name, &[]).await
     }
@@ -45,14 +45,31 @@ impl Server {
         let scratch = std::env::var("WALFLOW_TEST_SCRATCH").unwrap_or_else(|_| "/tmp".into());
         let folder = tempfile::Builder::new().prefix("own.").tempdir_in(scratch).unwrap();
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        let server = Self { name, arguments, folder, port: free_ports(if name == "kafka3" { 6 } else { 2 }) };
+        let server = Self {
+            name,
+            arguments,
+            folder,
+            port: free_ports(if matches!(name, "kafka3" | "cluster") { 6 } else { 2 }),
+        };
         server.restart().await;
         server
     }
 
-    /// `host:port`, of the first broker if there are three.
+    /// `host:port`, of the first node if there are three.
     pub fn address(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        self.node(1)
+    }
+
+    /// `host:port` of one of three nodes (1 to 3).
+    pub fn node(&self, node: u8) -> String {
+        format!("127.0.0.1:{}", self.port + u16::from(node) - 1)
+    }
+
+    /// Sends one of three nodes (1 to 3) a signal.
+    pub fn signal_node(&self, node: u8, signal: rustix::process::Signal) {
+        let pid = std::fs::read_to_string(self.folder.path().join(node.to_string()).join("pid")).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
     }
 
     /// Asks it to end, and waits.
@@ -65,12 +82,12 @@ impl Server {
         self.down(&["-9"], self.folder.path()).await;
     }
 
-    /// Ends one of three brokers (1 to 3) at once.
+    /// Ends one of three nodes (1 to 3) at once.
     pub async fn kill_node(&self, node: u8) {
         self.down(&["-9"], &self.folder.path().join(node.to_string())).await;
     }
 
-    /// Starts it again on its data and port, or those of three brokers that are down.
+    /// Starts it again on its data and port, or those of three nodes that are down.
     pub async fn restart(&self) {
         let mut command = Command::new(script("up"));
         command.arg(self.name).arg(self.folder.path()).arg(self.port.to_string()).args(&self.arguments);
