@@ -7,6 +7,7 @@ pub(crate) mod postgres;
 mod postgres_faults;
 mod queues;
 mod redis;
+mod redis_cluster;
 mod tls;
 mod web;
 
