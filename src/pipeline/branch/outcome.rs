@@ -195,11 +195,12 @@ impl Actor {
         if spent || since.open.saturating_sub(first.open) >= retry.give_up {
             return self.end_or_keep(delivery, DeadReason::Exhausted);
         }
-        let wait = retry.wait(delivery.attempts, fastrand::f64()).max(at_least);
+        let mut wait = retry.wait(delivery.attempts, fastrand::f64()).max(at_least);
         let long = delivery.attempts >= ASIDE_AFTER.0.min(retry.attempts) || wait > ASIDE_AFTER.1;
         if part {
-            // The waits grow, and the last attempt is left for what is the record's own.
+            // The last attempt is left for what is the record's own, so the waits grow with the time instead.
             delivery.attempts = delivery.attempts.min(retry.attempts.saturating_sub(1).max(1));
+            wait = wait.max((since.open.saturating_sub(first.open) / 8).min(retry.max));
         }
         if delivery.shelved.is_some() || (long && others_go_through && self.caps.set_aside && self.asides.has_room()) {
             return Next::Aside(delivery, wait);
