@@ -5,7 +5,7 @@
 //! old owner is refused there and never lands on a newer value. A node that is away is a part of the target as long as
 //! others answer. Never asks a replica.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
@@ -142,20 +142,18 @@ impl Cluster {
     /// # Errors
     /// When nothing is known and no node says it.
     pub(super) async fn look(&self) -> Result<(), Failure> {
-        let known = {
-            let map = self.map.lock();
-            if map.slots.is_some() && !map.stale {
-                return Ok(());
-            }
-            map.slots.is_some()
-        };
+        let (known, holds) = self.knows();
+        if holds {
+            return Ok(());
+        }
         let mut last = match self.looking.try_lock() {
             Ok(last) => last,
             // Who asks does it for all; what is known will do until then.
             Err(_) if known => return Ok(()),
             Err(_) => self.looking.lock().await,
         };
-        if self.map.lock().slots.is_some() && !self.map.lock().stale {
+        let (known, holds) = self.knows();
+        if holds {
             return Ok(());
         }
         if let Some((at, failure)) = &*last
@@ -168,18 +166,19 @@ impl Cluster {
         failure.filter(|_| !known).map_or(Ok(()), Err)
     }
 
+    /// Whether it is known who serves what, and whether that still holds.
+    fn knows(&self) -> (bool, bool) {
+        let map = self.map.lock();
+        (map.slots.is_some(), map.slots.is_some() && !map.stale)
+    }
+
     async fn ask(&self) -> Result<(), Failure> {
         let (healthy, others) = {
             let mut map = self.map.lock();
-            let known: Vec<Place> =
-                map.slots.iter().flat_map(Slots::owners).map(|(place, _)| place.clone()).take(1_000).collect();
-            let mut nodes: Vec<Arc<Node>> = Vec::new();
-            for place in known.iter().chain(&self.seeds) {
-                let node = self.node(&mut map, place)?;
-                if !nodes.iter().any(|known| Arc::ptr_eq(known, &node)) {
-                    nodes.push(node);
-                }
-            }
+            let known: Vec<Place> = map.slots.iter().flat_map(Slots::owners).map(|(place, _)| place.clone()).collect();
+            let mut seen = HashSet::new();
+            let places = known.iter().chain(&self.seeds).filter(|place| seen.insert(*place));
+            let mut nodes = places.map(|place| self.node(&mut map, place)).collect::<Result<Vec<_>, _>>()?;
             let at = nodes.iter().position(|node| node.is(Health::Answers));
             let healthy = at.map(|at| nodes.swap_remove(at));
             // A few of many, and not always the same.
@@ -213,8 +212,11 @@ impl Cluster {
         })?;
         let slots = Slots::read(answer, &node.place).map_err(down)?;
         let mut map = self.map.lock();
-        let owners: Vec<Place> = slots.owners().map(|(place, _)| place.clone()).collect();
-        map.nodes.retain(|place, _| owners.contains(place) || self.seeds.contains(place));
+        let owners: HashSet<Place> = slots.owners().map(|(place, _)| place.clone()).collect();
+        // One without slots may be about to get some; only when many are left over are they forgotten.
+        if map.nodes.len() > 2 * (owners.len() + self.seeds.len()) + ASKED {
+            map.nodes.retain(|place, _| owners.contains(place) || self.seeds.contains(place));
+        }
         (map.slots, map.stale) = (Some(slots), false);
         Ok(())
     }
@@ -254,7 +256,16 @@ impl Cluster {
             // Whether others answer decides what it means; and the next attempt finds who took the slots over.
             let _ = self.look().await;
         }
-        outcomes.into_iter().map(|outcome| self.decide(outcome)).collect()
+        let answering = self.answering();
+        outcomes.into_iter().map(|outcome| self.decide(outcome, &answering)).collect()
+    }
+
+    /// The masters that did what they were told last.
+    fn answering(&self) -> Vec<Place> {
+        let map = self.map.lock();
+        let owners = map.slots.iter().flat_map(Slots::owners).map(|(place, _)| place);
+        let answers = |place: &&Place| map.nodes.get(*place).is_some_and(|node| node.is(Health::Answers));
+        owners.filter(answers).cloned().collect()
     }
 
     /// What is pending, by the node that it goes to.
@@ -353,7 +364,7 @@ impl Cluster {
             }
             // A slot is on its way to another node.
             (Some("TRYAGAIN"), _) => Outcome::Failed(Failure { verdict: Verdict::Part, ..failure }),
-            _ if failure.verdict == Verdict::Down => {
+            (code, _) if failure.verdict == Verdict::Down && is_of_the_node(code, &error) => {
                 node.set(Health::Refuses);
                 self.map.lock().stale = true;
                 Outcome::OfNode(Some(Arc::clone(node)), failure)
@@ -366,7 +377,7 @@ impl Cluster {
     }
 
     /// What became of a command. What one node failed at is a part of the target as long as another answers.
-    fn decide(&self, outcome: Outcome) -> Result<(), Failure> {
+    fn decide(&self, outcome: Outcome, answering: &[Place]) -> Result<(), Failure> {
         match outcome {
             Outcome::Done => Ok(()),
             Outcome::Failed(failure) => Err(failure),
@@ -375,12 +386,7 @@ impl Cluster {
                 Err(Failure::new(Verdict::Part, why))
             }
             Outcome::OfNode(node, failure) => {
-                let map = self.map.lock();
-                let mut owners = map.slots.iter().flat_map(Slots::owners);
-                let others = owners.any(|(place, _)| {
-                    node.as_ref().is_none_or(|node| node.place != *place)
-                        && map.nodes.get(place).is_some_and(|node| node.is(Health::Answers))
-                });
+                let others = answering.iter().any(|place| node.as_ref().is_none_or(|node| node.place != *place));
                 Err(if others { Failure { verdict: Verdict::Part, ..failure } } else { failure })
             }
         }
@@ -410,6 +416,15 @@ impl Batch {
         let mut pipeline = Pipeline::new();
         pipeline.ignore_errors();
         Self { node, pipeline, indexes: Vec::new() }
+    }
+}
+
+/// Whether a node speaks of itself alone. What it says of us, our login or our commands, each of them would say.
+fn is_of_the_node(code: Option<&str>, error: &RedisError) -> bool {
+    match code {
+        Some("ERR") => error.detail().is_some_and(|detail| detail.contains("max number of clients")),
+        Some(code) => !["NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "NOPROTO"].contains(&code),
+        None => true,
     }
 }
 

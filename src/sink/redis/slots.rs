@@ -140,10 +140,13 @@ impl Slots {
 
     /// Each owner with the number of its slots.
     pub(super) fn owners(&self) -> impl Iterator<Item = (&Place, usize)> {
-        (0..).zip(&self.owners).filter_map(|(number, place)| {
-            let count = self.of.iter().filter(|of| **of == Some(number)).count();
-            (count > 0).then_some((place, count))
-        })
+        let mut counts = vec![0; self.owners.len()];
+        for owner in self.of.iter().flatten() {
+            if let Some(count) = counts.get_mut(usize::from(*owner)) {
+                *count += 1;
+            }
+        }
+        self.owners.iter().zip(counts).filter(|(_, count)| *count > 0)
     }
 
     /// How many slots are served.
