@@ -194,7 +194,7 @@ impl Branches<'_, '_> {
         };
         if let Some(address) = address
             && !merged.get(address).is_some_and(Value::is_string)
-            && !merged.get("cluster").and_then(Value::as_array).is_some_and(|nodes| !nodes.is_empty())
+            && merged.get("cluster").and_then(Value::as_array).is_none_or(Vec::is_empty)
             && ![address, "cluster"].iter().any(|field| loaded.is_pruned(&child(&here, field)))
         {
             fits = false;

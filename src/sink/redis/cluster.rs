@@ -142,6 +142,11 @@ impl Cluster {
     /// # Errors
     /// When nothing is known and no node says it.
     pub(super) async fn look(&self) -> Result<(), Failure> {
+        self.look_again(LOOK_EVERY).await
+    }
+
+    /// The same, where the last answer is `old` or nobody answered.
+    async fn look_again(&self, old: Duration) -> Result<(), Failure> {
         let (known, holds) = self.knows();
         if holds {
             return Ok(());
@@ -157,7 +162,7 @@ impl Cluster {
             return Ok(());
         }
         if let Some((at, failure)) = &*last
-            && at.elapsed() < LOOK_EVERY
+            && at.elapsed() < if failure.is_some() { LOOK_EVERY } else { old }
         {
             return failure.clone().filter(|_| !known).map_or(Ok(()), Err);
         }
@@ -254,7 +259,7 @@ impl Cluster {
         }
         if outcomes.iter().any(|outcome| matches!(outcome, Outcome::OfNode(..))) {
             // Whether others answer decides what it means; and the next attempt finds who took the slots over.
-            let _ = self.look().await;
+            let _ = self.look_again(Duration::ZERO).await;
         }
         let answering = self.answering();
         outcomes.into_iter().map(|outcome| self.decide(outcome, &answering)).collect()
@@ -310,9 +315,9 @@ impl Cluster {
             }
         };
         let answers = answers.and_then(|answers| {
-            let (got, sent) = (answers.len(), batch.indexes.len());
-            let why = || format!("{}: {got} answers to {sent} commands", node.shown());
-            if got == sent { Ok(answers) } else { Err(Failure::new(Verdict::Backoff, why())) }
+            let (count, sent) = (answers.len(), batch.indexes.len());
+            let why = || format!("{}: {count} answers to {sent} commands", node.shown());
+            if count == sent { Ok(answers) } else { Err(Failure::new(Verdict::Backoff, why())) }
         });
         match answers {
             Err(failure) => {
@@ -435,7 +440,7 @@ fn key_of(command: &Cmd) -> &[u8] {
     }
 }
 
-/// How many slots are served, in words.
+/// How many slots have a master, in words.
 pub(super) fn covered(served: usize) -> String {
-    format!("{served} of {SLOTS} slots served")
+    format!("{served} of {SLOTS} slots assigned")
 }
