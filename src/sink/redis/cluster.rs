@@ -315,9 +315,9 @@ impl Cluster {
             }
         };
         let answers = answers.and_then(|answers| {
-            let (count, sent) = (answers.len(), batch.indexes.len());
-            let why = || format!("{}: {count} answers to {sent} commands", node.shown());
-            if count == sent { Ok(answers) } else { Err(Failure::new(Verdict::Backoff, why())) }
+            let (count, commands) = (answers.len(), batch.indexes.len());
+            let why = || format!("{}: {count} answers to {commands} commands", node.shown());
+            if count == commands { Ok(answers) } else { Err(Failure::new(Verdict::Backoff, why())) }
         });
         match answers {
             Err(failure) => {
