@@ -299,8 +299,8 @@ async fn a_slot_that_moves_under_traffic_loses_nothing_and_keeps_each_keys_order
     }
     let id = |node: u8| ids[usize::from(node) - 1].as_str();
     let owner = match slot.parse::<u16>().unwrap() {
-        ..=5_460 => 1,
-        ..=10_922 => 2,
+        0..=5_460 => 1,
+        5_461..=10_922 => 2,
         _ => 3,
     };
     let other = owner % 3 + 1;
