@@ -194,7 +194,8 @@ impl Branches<'_, '_> {
         };
         if let Some(address) = address
             && !merged.get(address).is_some_and(Value::is_string)
-            && !loaded.is_pruned(&child(&here, address))
+            && merged.get("cluster").and_then(Value::as_array).is_none_or(Vec::is_empty)
+            && ![address, "cluster"].iter().any(|field| loaded.is_pruned(&child(&here, field)))
         {
             fits = false;
             let where_to = region.map_or(String::new(), |region| format!(" in the region {region}"));

@@ -381,6 +381,28 @@ sink:
     }
 
     #[test]
+    fn a_cluster_is_an_address_also_of_a_region() {
+        let yaml = "namespace: a
+replicate: { regions: { us: {}, eu: { cluster: [\"${US}\", \"redis://eu-2\"] } } }
+sink: { redis: { cluster: [\"redis://us-1\"], cases: [{ key: 'a:{key}' }] } }
+";
+        let plan = plan(yaml, &environment("redis://eu-1"));
+        let nodes: Vec<&[String]> = plan
+            .branches
+            .iter()
+            .map(|branch| match &branch.kind {
+                Kind::Redis(spec) => spec.cluster.as_slice(),
+                _ => &[],
+            })
+            .collect();
+        assert_eq!(nodes, [&["redis://us-1".to_owned()][..], &["redis://eu-1".to_owned(), "redis://eu-2".to_owned()]]);
+        let none = made(&yaml.replace("[\"redis://us-1\"]", "[]"), &environment("redis://eu-1"));
+        assert_eq!(none.diagnostics.iter().map(|d| d.code).collect::<Vec<_>>(), [Code::MissingAddress]);
+        let unset = made(yaml, &Environment::default());
+        assert_eq!(unset.diagnostics.iter().map(|d| d.code).collect::<Vec<_>>(), [Code::UnsetVariable]);
+    }
+
+    #[test]
     fn an_epoch_gives_the_same_plan_again_and_holds_no_secret() {
         let env = environment("redis://user:CANARY@us/1");
         let first = plan(FULL, &env);

@@ -389,8 +389,15 @@ impl Describe<'_> {
     }
 
     fn redis(&self, spec: &RedisSpec) -> Vec<Fact> {
-        let url = spec.url.as_deref().unwrap_or_default();
-        let mut facts = vec![fact("to", self.shown("url", url))];
+        let to = match &spec.url {
+            None if !spec.cluster.is_empty() => {
+                let nodes = spec.cluster.iter().enumerate();
+                let nodes = nodes.map(|(index, url)| self.shown(&format!("cluster/{index}"), url));
+                format!("the cluster of {}", nodes.collect::<Vec<_>>().join(", "))
+            }
+            url => self.shown("url", url.as_deref().unwrap_or_default()),
+        };
+        let mut facts = vec![fact("to", to)];
         for (index, case) in spec.cases.iter().enumerate() {
             let command = case.command.unwrap_or_default();
             let key = self.shown(&format!("cases/{index}/key"), &case.key);

@@ -60,6 +60,8 @@ pub enum Verdict {
     After(Duration),
     /// The target is away: an outage, not this record's fault.
     Down,
+    /// The part of the target that this record belongs to is away, while others answer: it waits and burns no attempts.
+    Part,
 }
 
 /// Why one operation failed.

@@ -1,11 +1,14 @@
-//! `redis`: commands chosen by `cases`, a batch in one pipeline.
+//! `redis`: commands chosen by `cases`, a batch in one pipeline for a server and in one a node for a cluster.
 //!
-//! Takes operations, gives what the server said to each command. One connection for the branch, made when it is needed and
-//! made again when it breaks. After a time-out the next batch goes over the same connection, behind what may still be
+//! Takes operations, gives what the server said to each command. One connection for the branch and server, made when it is
+//! needed and made again when it breaks. After a time-out the next batch goes over the same connection, behind what may still be
 //! executed, so that an old value never lands on a newer one. Never runs a command that the file does not name.
 
+mod cluster;
 mod command;
 mod connection;
+mod probe;
+mod slots;
 mod verdict;
 
 use std::fmt;
@@ -13,16 +16,17 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};
 use indexmap::IndexMap;
+use redis::{Cmd, ConnectionAddr, ConnectionInfo, RedisError};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use self::cluster::Cluster;
 use self::command::Case;
-use self::connection::Connection;
+use self::connection::{Connection, address};
 use self::verdict::judge;
 use super::template::Scope;
 use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, shown_address};
-use crate::clock::Timestamp;
-use crate::connection::probe::{Probed, skew};
+use crate::connection::probe::Probed;
 use crate::connection::tls;
 use crate::units::Span;
 
@@ -30,8 +34,11 @@ use crate::units::Span;
 #[derive(Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RedisSpec {
-    /// `redis://…` or `rediss://…`; may come from a region.
+    /// `redis://…` or `rediss://…`; may come from a region. This or `cluster`.
     pub url: Option<String>,
+    /// Some nodes of a Redis Cluster, `redis://…` or `rediss://…`; the others are found through them. The login and the TLS
+    /// of the first hold for all nodes. May come from a region.
+    pub cluster: Vec<String>,
     /// Operations on one target: the first whose `when` holds is taken.
     pub cases: Vec<RedisCaseSpec>,
     /// Longest wait for an answer. Default: 5s.
@@ -43,6 +50,7 @@ impl fmt::Debug for RedisSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisSpec")
             .field("url", &self.url.as_deref().map(shown_address))
+            .field("cluster", &self.cluster.iter().map(|url| shown_address(url)).collect::<Vec<_>>())
             .field("cases", &self.cases)
             .field("timeout", &self.timeout)
             .finish()
@@ -86,16 +94,52 @@ pub enum RedisCommand {
     Xadd,
 }
 
+/// Reads the addresses of a cluster's nodes.
+fn nodes(urls: &[String]) -> Result<Vec<ConnectionInfo>, SpecFault> {
+    let mut infos: Vec<ConnectionInfo> = Vec::with_capacity(urls.len());
+    for (index, url) in urls.iter().enumerate() {
+        let fault = |why: &str, help: &str| SpecFault::new(format!("/cluster/{index}"), why, help);
+        let info = address(url).map_err(|why| fault(&why, "redis://10.0.0.1:6379, or rediss:// for TLS"))?;
+        if matches!(info.addr(), ConnectionAddr::Unix(_)) {
+            return Err(fault("a node of a cluster is not reached over a socket", "redis://10.0.0.1:6379"));
+        }
+        if info.redis_settings().db() != 0 {
+            return Err(fault("a cluster has no database but 0", "leave out the number after the '/'"));
+        }
+        let secured = |info: &ConnectionInfo| match info.addr() {
+            ConnectionAddr::TcpTls { insecure, .. } => Some(*insecure),
+            _ => None,
+        };
+        let login = |info: &ConnectionInfo| {
+            let settings = info.redis_settings();
+            (settings.username().map(str::to_owned), settings.password().map(str::to_owned))
+        };
+        if infos.first().is_some_and(|first| secured(first) != secured(&info) || login(first) != login(&info)) {
+            let why = "its login or its TLS is not that of the first node, which holds for all nodes";
+            return Err(fault(why, "give each the same user, password and scheme"));
+        }
+        infos.push(info);
+    }
+    Ok(infos)
+}
+
 /// What cannot work in a `redis:`.
 pub(super) fn check(spec: &RedisSpec) -> Vec<SpecFault> {
     let mut faults = Vec::new();
     match &spec.url {
-        None => faults.push(SpecFault::new("/url", "there is no URL", "redis://127.0.0.1:6379/0, for example")),
+        Some(_) if !spec.cluster.is_empty() => {
+            let help = "name one server under `url`, or nodes of a cluster under `cluster`";
+            faults.push(SpecFault::new("/cluster", "url and cluster exclude each other", help));
+        }
         Some(url) => {
-            if let Err(why) = connection::address(url) {
+            if let Err(why) = address(url) {
                 faults.push(SpecFault::new("/url", why, "redis://127.0.0.1:6379/0, or rediss:// for TLS"));
             }
         }
+        None if spec.cluster.is_empty() => {
+            faults.push(SpecFault::new("/url", "there is no URL", "redis://127.0.0.1:6379/0, for example"));
+        }
+        None => faults.extend(nodes(&spec.cluster).err()),
     }
     if spec.timeout.is_some_and(|span| span.0.is_zero()) {
         faults.push(SpecFault::new("/timeout", "nothing can be done in no time", "5s, for example"));
@@ -132,15 +176,62 @@ pub(super) fn delivered_note(spec: &RedisSpec) -> Vec<String> {
             RedisCommand::Set | RedisCommand::Del | RedisCommand::Hset => {}
         }
     }
-    if spec.url.as_deref().is_some_and(|url| url.starts_with("rediss://") && url.ends_with("#insecure")) {
+    if !spec.cluster.is_empty() {
+        let what = "a cluster confirms before its replicas have it: a failover may lose what was just delivered";
+        notes.push(what.to_owned());
+    }
+    if spec.url.iter().chain(&spec.cluster).any(|url| url.starts_with("rediss://") && url.ends_with("#insecure")) {
         notes.push("the server's certificate is not checked (#insecure)".to_owned());
     }
     notes
 }
 
-/// A Redis server.
+/// Where the commands go.
+enum Server {
+    One(Connection),
+    Cluster(Cluster),
+}
+
+impl Server {
+    /// Runs the commands; gives what became of each.
+    async fn run(&self, commands: Vec<Cmd>) -> Vec<Result<(), Failure>> {
+        let connection = match self {
+            Self::Cluster(cluster) => return cluster.run(&commands).await,
+            Self::One(connection) => connection,
+        };
+        let (shown, sent) = (connection.shown(), commands.len());
+        let mut pipeline = redis::Pipeline::with_capacity(sent);
+        pipeline.ignore_errors();
+        for command in commands {
+            pipeline.add_command(command);
+        }
+        let all = |failure: Failure| (0..sent).map(|_| Err(failure.clone())).collect();
+        match connection.run(&pipeline).await {
+            Err(failure) => all(failure),
+            Ok(results) if results.len() == sent => {
+                results.into_iter().map(|result| result.map(drop).map_err(|error| of_one(shown, &error))).collect()
+            }
+            Ok(results) => {
+                let why = format!("{shown}: {} answers to {sent} commands", results.len());
+                all(Failure::new(Verdict::Backoff, why))
+            }
+        }
+    }
+}
+
+/// What one server's error means; that it refers to another shows that it is none of its own.
+fn of_one(shown: &str, error: &RedisError) -> Failure {
+    let failure = judge(shown, error);
+    if error.redirect_node().is_none() {
+        return failure;
+    }
+    let help = "it is a node of a cluster, so name it under `cluster` instead of `url`";
+    Failure::new(failure.verdict, format!("{}: {help}", failure.message))
+}
+
+/// A Redis server, or a cluster of them.
 pub struct RedisSink {
-    connection: Connection,
+    server: Server,
     cases: Vec<Case>,
     context: SinkContext,
 }
@@ -154,16 +245,23 @@ impl RedisSink {
         tls::provider();
         let wrong =
             |pointer: String, message: Box<str>| OpenError::Setting { kind: "redis", pointer: pointer.into(), message };
-        let url = spec.url.as_deref().unwrap_or_default();
         let timeout = spec.timeout.map_or(Duration::from_secs(5), |span| span.0);
-        let connection = Connection::new(url, timeout).map_err(|why| wrong("/url".to_owned(), why.into()))?;
+        let server = if spec.cluster.is_empty() {
+            let url = spec.url.as_deref().unwrap_or_default();
+            address(url).and_then(|info| Connection::new(info, timeout)).map(Server::One)
+        } else {
+            let infos = nodes(&spec.cluster).map_err(|fault| wrong(fault.pointer, fault.message.into()))?;
+            Cluster::new(infos, timeout).map(Server::Cluster)
+        };
+        let place = if spec.cluster.is_empty() { "/url" } else { "/cluster" };
+        let server = server.map_err(|why| wrong(place.to_owned(), why.into()))?;
         let cases = spec.cases.iter().enumerate().map(|(index, case)| {
             Case::parse(case).map_err(|(place, message)| wrong(format!("/cases/{index}{place}"), message))
         });
-        Ok(Self { connection, cases: cases.collect::<Result<_, _>>()?, context: context.clone() })
+        Ok(Self { server, cases: cases.collect::<Result<_, _>>()?, context: context.clone() })
     }
 
-    fn command(&self, operation: &Operation) -> Result<redis::Cmd, Failure> {
+    fn command(&self, operation: &Operation) -> Result<Cmd, Failure> {
         let case = self.cases.get(operation.case).ok_or_else(|| {
             Failure::rendering(format!("no case {} is left in the file; the record matched it before", operation.case))
         })?;
@@ -181,31 +279,20 @@ impl Sink for RedisSink {
         async move {
             let mut failed = Vec::new();
             let mut sent = Vec::with_capacity(batch.len());
-            let mut pipeline = redis::Pipeline::with_capacity(batch.len());
-            pipeline.ignore_errors();
+            let mut commands = Vec::with_capacity(batch.len());
             for (index, operation) in batch.iter().enumerate() {
                 match self.command(operation) {
                     Ok(command) => {
-                        pipeline.add_command(command);
+                        commands.push(command);
                         sent.push(index);
                     }
                     Err(failure) => failed.push((index, failure)),
                 }
             }
-            if !sent.is_empty() {
-                let shown = self.connection.shown();
-                match self.connection.run(&pipeline).await {
-                    Err(failure) => failed.extend(sent.into_iter().map(|index| (index, failure.clone()))),
-                    Ok(results) if results.len() == sent.len() => {
-                        let pairs = sent.into_iter().zip(results);
-                        failed.extend(pairs.filter_map(|(index, result)| Some((index, judge(shown, &result.err()?)))));
-                    }
-                    Ok(results) => {
-                        let why = format!("{shown}: {} answers to {} commands", results.len(), sent.len());
-                        let failure = Failure::new(Verdict::Backoff, why);
-                        failed.extend(sent.into_iter().map(|index| (index, failure.clone())));
-                    }
-                }
+            if !commands.is_empty() {
+                let outcomes = self.server.run(commands).await;
+                let pairs = sent.into_iter().zip(outcomes);
+                failed.extend(pairs.filter_map(|(index, outcome)| Some((index, outcome.err()?))));
             }
             failed.sort_unstable_by_key(|(index, _)| *index);
             Written { failed }
@@ -214,28 +301,40 @@ impl Sink for RedisSink {
     }
 
     fn probe(&self) -> BoxFuture<'_, Vec<Probed>> {
-        async move {
-            let shown = self.connection.shown();
-            let mut pipeline = redis::Pipeline::new();
-            pipeline.ignore_errors().cmd("TIME").cmd("ROLE");
-            let answers = match self.connection.run(&pipeline).await {
-                Ok(answers) => answers,
-                Err(failure) => return vec![Probed::wrong(shown, failure.message)],
-            };
-            let mut answers = answers.into_iter();
-            let time = answers.next().and_then(|answer| redis::from_redis_value::<(i64, i64)>(answer.ok()?).ok());
-            let role = answers.next().and_then(|answer| match answer.ok()? {
-                redis::Value::Array(parts) => redis::from_redis_value::<String>(parts.into_iter().next()?).ok(),
-                _ => None,
-            });
-            let clock = time.map_or("it tells no time".to_owned(), |(seconds, micros)| {
-                skew(self.context.clock.now(), Timestamp::from_millis(seconds * 1_000 + micros / 1_000))
-            });
-            if role.as_deref() == Some("slave") {
-                return vec![Probed::wrong(shown, "it is a replica and takes no writes: name its master")];
-            }
-            vec![Probed::fine(shown, format!("it answers; {clock}"))]
+        let clock = &self.context.clock;
+        match &self.server {
+            Server::One(connection) => async move { vec![probe::server(connection, clock).await] }.boxed(),
+            Server::Cluster(cluster) => probe::cluster(cluster, clock).boxed(),
         }
-        .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> RedisSpec {
+        serde_yaml::from_str(&format!("{{ {text}, cases: [{{ key: c }}] }}")).unwrap()
+    }
+
+    #[test]
+    fn a_cluster_is_told_by_some_of_its_nodes_all_with_one_login() {
+        for (text, place) in [
+            ("cluster: [\"redis://u:canary@a:1\", \"redis://u:canary@b\"]", None),
+            ("cluster: [\"rediss://a\", \"rediss://b:2/0\"]", None),
+            ("cluster: []", Some("/url")),
+            ("url: \"redis://a\", cluster: [\"redis://a\"]", Some("/cluster")),
+            ("cluster: [\"redis://a\", \"a:canary\"]", Some("/cluster/1")),
+            ("cluster: [\"unix:///canary\"]", Some("/cluster/0")),
+            ("cluster: [\"redis://a/3\"]", Some("/cluster/0")),
+            ("cluster: [\"redis://:canary@a\", \"redis://b\"]", Some("/cluster/1")),
+            ("cluster: [\"redis://a\", \"rediss://a\"]", Some("/cluster/1")),
+        ] {
+            let spec = spec(text);
+            let faults = check(&spec);
+            assert_eq!(faults.first().map(|fault| fault.pointer.as_str()), place, "{text}");
+            let told = format!("{spec:?} {faults:?}");
+            assert!(!told.contains("canary"), "{told}");
+        }
     }
 }

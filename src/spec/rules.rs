@@ -405,6 +405,8 @@ mod tests {
         };
         expect(&yaml(""), &["WF0410 /sink/fan_out/b/redis"]);
         expect(&yaml(", ordering: none"), &[]);
+        let cluster = yaml("").replace("url: 'redis://h'", "cluster: ['redis://h', 'redis://i']");
+        expect(&cluster, &["WF0410 /sink/fan_out/b/redis"]);
     }
 
     #[test]

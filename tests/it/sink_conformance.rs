@@ -9,6 +9,7 @@ mod postgres_faults;
 mod postgres_servers;
 mod queues;
 mod redis;
+mod redis_cluster;
 mod tls;
 mod web;
 

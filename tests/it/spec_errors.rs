@@ -354,7 +354,7 @@ fn the_pipelines_that_come_along_are_right() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let found = dry_run(&[folder.join("pipelines")], &Environment::default());
     assert!(found.diagnostics.is_empty(), "{}", found.problems_text(false));
-    assert_eq!((found.plans.len(), found.exit_code()), (4, 0));
+    assert_eq!((found.plans.len(), found.exit_code()), (5, 0));
     assert!(found.plans.iter().all(|plan| !plan.tests.is_empty()));
 }
 

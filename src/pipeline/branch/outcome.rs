@@ -160,7 +160,7 @@ impl Actor {
                 // A target that is away only for this one, again and again, would else stop all others with it.
                 let only_for_this = delivery.away_since.is_some_and(|taken| self.accepted > taken);
                 if only_for_this && self.breaker.circuit() == Circuit::Closed {
-                    return self.back_off(delivery, at_least, &failure.message);
+                    return self.back_off(delivery, at_least, failure);
                 }
                 BranchCounters::add(&self.board.counters.down, 1);
                 delivery.away_since.get_or_insert(self.accepted);
@@ -169,35 +169,48 @@ impl Actor {
                 }
                 Next::Again(delivery, None)
             }
+            Verdict::Part => {
+                // A probe that met the part that is away says nothing of the rest: the next goes with another key.
+                if self.breaker.circuit() != Circuit::Closed {
+                    self.breaker.down(instant, None);
+                }
+                self.back_off(delivery, Duration::ZERO, failure)
+            }
             // The target is known to be away: what it says to a probe, or to what was under way, is no record's fault.
             Verdict::Backoff if self.breaker.circuit() != Circuit::Closed => {
                 BranchCounters::add(&self.board.counters.down, 1);
                 self.breaker.down(instant, None);
                 Next::Again(delivery, None)
             }
-            Verdict::Backoff => self.back_off(delivery, Duration::ZERO, &failure.message),
+            Verdict::Backoff => self.back_off(delivery, Duration::ZERO, failure),
         }
     }
 
     /// Counts the failure and waits, in memory or on the shelf; or the delivery has had its chances.
-    fn back_off(&mut self, mut delivery: Delivery, at_least: Duration, error: &str) -> Next {
+    fn back_off(&mut self, mut delivery: Delivery, at_least: Duration, failure: &Failure) -> Next {
+        let part = failure.verdict == Verdict::Part;
         BranchCounters::add(&self.board.counters.retried, 1);
         let since = self.since();
         delivery.count_failure(self.breaker.streak(), self.deps.clock.now(), since);
-        if self.breaker.failed(Instant::now(), &delivery.lane()) {
+        if !part && self.breaker.failed(Instant::now(), &delivery.lane()) {
             delivery.give_back(self.breaker.streak());
-            self.close(error);
+            self.close(&failure.message);
             return Next::Again(delivery, None);
         }
         let first = delivery.failing.unwrap_or(since);
         let retry = &self.plan.retry;
         let others_go_through = since.accepted > first.accepted;
-        let spent = delivery.attempts >= retry.attempts && others_go_through;
+        let spent = delivery.attempts >= retry.attempts && others_go_through && !part;
         if spent || since.open.saturating_sub(first.open) >= retry.give_up {
             return self.end_or_keep(delivery, DeadReason::Exhausted);
         }
-        let wait = retry.wait(delivery.attempts, fastrand::f64()).max(at_least);
-        let long = delivery.attempts >= ASIDE_AFTER.0 || wait > ASIDE_AFTER.1;
+        let mut wait = retry.wait(delivery.attempts, fastrand::f64()).max(at_least);
+        let long = delivery.attempts >= ASIDE_AFTER.0.min(retry.attempts) || wait > ASIDE_AFTER.1;
+        if part {
+            // The last attempt is left for what is the record's own, so the waits grow with the time instead.
+            delivery.attempts = delivery.attempts.min(retry.attempts.saturating_sub(1).max(1));
+            wait = wait.max((since.open.saturating_sub(first.open) / 8).min(retry.max));
+        }
         if delivery.shelved.is_some() || (long && others_go_through && self.caps.set_aside && self.asides.has_room()) {
             return Next::Aside(delivery, wait);
         }

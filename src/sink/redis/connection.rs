@@ -1,4 +1,4 @@
-//! The one connection of a branch to its Redis, made when it is needed.
+//! The one connection of a branch to a Redis server, made when it is needed.
 //!
 //! Takes pipelines from several batches at once and gives each its answers; the server runs them in the order in which they
 //! were handed over. A connection that broke is dropped and made anew by the next batch, not more often than the waits
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
-use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo as _, Pipeline, RedisResult, Value};
+use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo as _, Pipeline, RedisResult, Value};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
@@ -25,24 +25,23 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// So many answers in a row that came too late, and the connection is given up.
 const LATE_IN_A_ROW: u32 = 8;
 
-/// Checks an address without using it.
-pub(super) fn address(url: &str) -> Result<(), String> {
-    client(url, Duration::from_secs(1)).map(|_| ())
-}
-
-fn client(url: &str, timeout: Duration) -> Result<Client, String> {
-    // The text itself is not shown: it may hold a password.
+/// Reads an address without using it; the text itself is not shown, it may hold a password.
+pub(super) fn address(url: &str) -> Result<ConnectionInfo, String> {
     let wrong = |error: &redis::RedisError| format!("the URL does not work: {}", error.category());
     if !["redis://", "rediss://", "unix://", "redis+unix://"].iter().any(|scheme| url.starts_with(scheme)) {
         return Err("the URL is none of redis://, rediss:// and unix://".to_owned());
     }
-    let info = url.into_connection_info().map_err(|error| wrong(&error))?;
+    url.into_connection_info().map_err(|error| wrong(&error))
+}
+
+fn client(info: ConnectionInfo, timeout: Duration) -> Result<Client, String> {
     let settings = TcpSettings::default().set_nodelay(true).set_linger_time(Duration::ZERO);
     #[cfg(target_os = "linux")]
     let settings = settings.set_user_timeout(timeout.max(Duration::from_secs(1)));
     #[cfg(not(target_os = "linux"))]
     let _ = timeout;
-    Client::open(info.set_tcp_settings(settings)).map_err(|error| wrong(&error))
+    let info = info.set_tcp_settings(settings);
+    Client::open(info).map_err(|error| format!("the address does not work: {}", error.category()))
 }
 
 /// A connection, or the wait until the next may be tried.
@@ -56,7 +55,7 @@ struct State {
     refused: Option<(Instant, Failure)>,
 }
 
-/// The connection of a branch.
+/// The connection of a branch to one server.
 pub(super) struct Connection {
     client: Client,
     timeout: Duration,
@@ -65,8 +64,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(url: &str, timeout: Duration) -> Result<Self, String> {
-        let client = client(url, timeout)?;
+    pub(super) fn new(info: ConnectionInfo, timeout: Duration) -> Result<Self, String> {
+        let client = client(info, timeout)?;
         let shown = format!("redis {}", client.get_connection_info().addr()).into();
         Ok(Self { client, timeout, shown, state: Mutex::default() })
     }
@@ -142,13 +141,13 @@ mod tests {
     #[test]
     fn an_address_is_checked_without_being_shown() {
         for fine in ["redis://127.0.0.1", "redis://u:p@h:1/3", "rediss://h", "unix:///run/redis.sock"] {
-            assert_eq!(address(fine), Ok(()), "{fine}");
+            assert!(address(fine).is_ok(), "{fine}");
         }
         for wrong in ["", "http://h", "h:6379", "redis://h:canary", "redis://u:canary@h/x"] {
             let why = address(wrong).unwrap_err();
             assert!(!why.contains("canary"), "{why}");
         }
-        let connection = Connection::new("redis://u:canary@h:1/3", CONNECT).unwrap();
+        let connection = Connection::new(address("redis://u:canary@h:1/3").unwrap(), CONNECT).unwrap();
         assert_eq!(connection.shown(), "redis h:1");
     }
 }

@@ -55,6 +55,15 @@ fn a_pipeline_takes_a_connections_fields_and_its_own_win() {
 }
 
 #[test]
+fn a_connection_may_be_a_cluster() {
+    let shared = shared("connections:\n  many: { redis: { cluster: [\"redis://a\", \"redis://b\"] } }\n");
+    assert!(shared.diagnostics.is_empty(), "{:?}", shared.diagnostics);
+    let file = loaded("namespace: a\nsink: { redis: { use: many, cases: [{ key: c }] } }\n", &shared);
+    assert!(file.diagnostics.is_empty(), "{:?}", file.diagnostics);
+    assert_eq!(file.value["sink"]["redis"]["cluster"], json!(["redis://a", "redis://b"]));
+}
+
+#[test]
 fn defaults_are_merged_key_by_key_and_null_clears() {
     let yaml = "namespace: a\nsource: { backlog: { size: 2GiB } }\nsink: { stdout: {}, retry: { attempts: 1, give_up: null }, limits: null }\n";
     let file = loaded(yaml, &shared(SHARED));

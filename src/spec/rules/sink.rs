@@ -208,7 +208,11 @@ impl Rules<'_> {
             }
             let Some(kind) = self.kinds(&pointer).first().copied() else { continue };
             let address = match kind {
-                "http" | "redis" | "postgres" => self.written(&format!("{pointer}/{kind}/url")),
+                "redis" => self
+                    .written(&format!("{pointer}/redis/url"))
+                    .filter(|url| url.is_string())
+                    .or_else(|| self.written(&format!("{pointer}/redis/cluster/0"))),
+                "http" | "postgres" => self.written(&format!("{pointer}/{kind}/url")),
                 "file" => self.written(&format!("{pointer}/file/path")),
                 _ => continue,
             };

@@ -80,6 +80,33 @@ async fn a_record_for_which_the_target_is_always_away_stops_no_other() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_part_of_the_target_that_is_away_holds_its_own_keys_only_and_costs_no_record() {
+    for attempts in [1, 8] {
+        let bench =
+            Bench::new(&format!("  retry: {{ attempts: {attempts}, backoff: {{ first: 50ms, max: 5s }} }}\n")).await;
+        bench.target.judge(|_| Some(Verdict::Down));
+        for number in 0..300 {
+            bench.write(number, Some(&format!("k{}", number % 30))).await;
+        }
+        bench.until("the circuit opens", |bench| bench.pause() == Some("breaker")).await;
+        // A probe may meet the part that stays away.
+        bench.target.judge(|number| (number % 3 == 0).then_some(Verdict::Part));
+        let others: Vec<u64> = (0..300).filter(|number| number % 3 > 0).collect();
+        bench.until("all others went through", |bench| bench.target.taken_sorted() == others).await;
+        sleep(Duration::from_secs(60)).await;
+        assert_eq!((bench.dead_numbers().await, bench.pause()), (vec![], None), "of {attempts} attempts");
+        bench.until("the frontier has passed", |bench| bench.lag() == 0).await;
+        bench.target.judge(|_| None);
+        bench.drained().await;
+        assert_eq!(bench.dead_numbers().await, [] as [u64; 0]);
+        for key in 0..30 {
+            let of_key = bench.target.taken().into_iter().filter(|number| number % 30 == key).collect::<Vec<_>>();
+            assert_eq!(of_key, (0..10).map(|round| round * 30 + key).collect::<Vec<_>>(), "in order");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_bad_record_in_a_thousand_dies_and_no_other() {
     let bench = Bench::new(IMPATIENT).await;
     bench.target.judge(|number| (number % 1_000 == 500).then_some(Verdict::Never));
