@@ -181,7 +181,7 @@ impl Logs {
             SourceKind::Embedded | SourceKind::Memory => return Err(LogError::Unsupported("this log has no broker")),
         };
         let one_place_for_keys = match (&source.kind, &source.shelf) {
-            (SourceKind::Redis(streams), ShelfKind::Redis(shelf)) => shelf.is_beside(streams),
+            (SourceKind::Redis(streams), ShelfKind::Redis(waits)) => waits.is_beside(streams),
             _ => false,
         };
         let settings_of_pair = Settings { key_window: context.key_window, number, first, one_place_for_keys };

@@ -1,13 +1,14 @@
 //! `redis`: commands chosen by `cases`, a batch in one pipeline for a server and in one a node for a cluster.
 //!
-//! Takes operations, gives what the server said to each command. One connection for the branch and server, made when it is
-//! needed and made again when it breaks. After a time-out the next batch goes over the same connection, behind what may still be
-//! executed, so that an old value never lands on a newer one. Never runs a command that the file does not name.
+//! Takes operations, gives what the server said to each command. A few connections for the branch and server, each made when
+//! it is needed and made again when it breaks. After a time-out a key's next command goes over the same connection, behind what
+//! may still be executed, so that an old value never lands on a newer one. Never runs a command that the file does not name.
 
 mod cluster;
 mod command;
 mod connection;
 mod probe;
+mod single;
 mod slots;
 mod verdict;
 
@@ -16,16 +17,16 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};
 use indexmap::IndexMap;
-use redis::{Cmd, ConnectionAddr, ConnectionInfo, RedisError};
+use redis::{Cmd, ConnectionAddr, ConnectionInfo};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::cluster::Cluster;
 use self::command::Case;
-use self::connection::{Connection, address};
-use self::verdict::judge;
+use self::connection::address;
+use self::single::Single;
 use super::template::Scope;
-use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Verdict, Written, shown_address};
+use super::{BatchStyle, Failure, OpenError, Operation, Sink, SinkContext, SpecFault, Written, shown_address};
 use crate::connection::probe::Probed;
 use crate::connection::tls;
 use crate::units::Span;
@@ -188,45 +189,18 @@ pub(super) fn delivered_note(spec: &RedisSpec) -> Vec<String> {
 
 /// Where the commands go.
 enum Server {
-    One(Connection),
+    One(Single),
     Cluster(Cluster),
 }
 
 impl Server {
     /// Runs the commands; gives what became of each.
     async fn run(&self, commands: Vec<Cmd>) -> Vec<Result<(), Failure>> {
-        let connection = match self {
-            Self::Cluster(cluster) => return cluster.run(&commands).await,
-            Self::One(connection) => connection,
-        };
-        let (shown, sent) = (connection.shown(), commands.len());
-        let mut pipeline = redis::Pipeline::with_capacity(sent);
-        pipeline.ignore_errors();
-        for command in commands {
-            pipeline.add_command(command);
-        }
-        let all = |failure: Failure| (0..sent).map(|_| Err(failure.clone())).collect();
-        match connection.run(&pipeline).await {
-            Err(failure) => all(failure),
-            Ok(results) if results.len() == sent => {
-                results.into_iter().map(|result| result.map(drop).map_err(|error| of_one(shown, &error))).collect()
-            }
-            Ok(results) => {
-                let why = format!("{shown}: {} answers to {sent} commands", results.len());
-                all(Failure::new(Verdict::Backoff, why))
-            }
+        match self {
+            Self::Cluster(cluster) => cluster.run(&commands).await,
+            Self::One(server) => server.run(commands).await,
         }
     }
-}
-
-/// What one server's error means; that it refers to another shows that it is none of its own.
-fn of_one(shown: &str, error: &RedisError) -> Failure {
-    let failure = judge(shown, error);
-    if error.redirect_node().is_none() {
-        return failure;
-    }
-    let help = "it is a node of a cluster, so name it under `cluster` instead of `url`";
-    Failure::new(failure.verdict, format!("{}: {help}", failure.message))
 }
 
 /// A Redis server, or a cluster of them.
@@ -248,7 +222,7 @@ impl RedisSink {
         let timeout = spec.timeout.map_or(Duration::from_secs(5), |span| span.0);
         let server = if spec.cluster.is_empty() {
             let url = spec.url.as_deref().unwrap_or_default();
-            address(url).and_then(|info| Connection::new(info, timeout)).map(Server::One)
+            address(url).and_then(|info| Single::new(&info, timeout)).map(Server::One)
         } else {
             let infos = nodes(&spec.cluster).map_err(|fault| wrong(fault.pointer, fault.message.into()))?;
             Cluster::new(infos, timeout).map(Server::Cluster)
@@ -303,7 +277,7 @@ impl Sink for RedisSink {
     fn probe(&self) -> BoxFuture<'_, Vec<Probed>> {
         let clock = &self.context.clock;
         match &self.server {
-            Server::One(connection) => async move { vec![probe::server(connection, clock).await] }.boxed(),
+            Server::One(server) => async move { vec![probe::server(server.connection(), clock).await] }.boxed(),
             Server::Cluster(cluster) => probe::cluster(cluster, clock).boxed(),
         }
     }

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use redis::{Cmd, ConnectionAddr, ConnectionInfo, Pipeline, RedisError, RedisResult, Value};
 use tokio::time::Instant;
 
+use super::command::key_of;
 use super::connection::Connection;
 use super::slots::{Place, SLOTS, Slots, slot_of};
 use super::verdict::judge;
@@ -430,13 +431,6 @@ fn is_of_the_node(code: Option<&str>, error: &RedisError) -> bool {
         Some("ERR") => error.detail().is_some_and(|detail| detail.contains("max number of clients")),
         Some(code) => !["NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "NOPROTO"].contains(&code),
         None => true,
-    }
-}
-
-fn key_of(command: &Cmd) -> &[u8] {
-    match command.args_iter().nth(1) {
-        Some(redis::Arg::Simple(key)) => key,
-        _ => &[],
     }
 }
 

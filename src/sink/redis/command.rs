@@ -160,6 +160,13 @@ impl Case {
     }
 }
 
+pub(super) fn key_of(command: &Cmd) -> &[u8] {
+    match command.args_iter().nth(1) {
+        Some(redis::Arg::Simple(key)) => key,
+        _ => &[],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

@@ -51,7 +51,7 @@ async fn topic(clock: &Clock, start: KafkaStart) -> (Foreign, Others) {
         KafkaStart::Latest => First::Latest,
         KafkaStart::Time(time) => First::Time(time),
     };
-    let settings = Settings { key_window: HOUR, number: 1, first };
+    let settings = Settings { key_window: HOUR, number: 1, first, one_place_for_keys: false };
     let pair = Foreign::new(open(&spec, &context).unwrap(), None, settings, clock.clone());
     // It is there once its end can be asked for.
     pair.put_epoch(bytes::Bytes::new()).await.unwrap();

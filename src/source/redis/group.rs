@@ -32,8 +32,8 @@ use crate::source::{Entry, Lag, LogError, Reach, Subscription};
 const LEASE: Duration = Duration::from_secs(10);
 /// How often it is renewed, and looked whether streams are to move.
 pub(super) const RENEW: Duration = Duration::from_secs(1);
-/// Before its end by so much a hold that could not be renewed counts as lost.
-const MARGIN: Duration = Duration::from_secs(2);
+/// One that could not be renewed for so long counts as lost here, well before others may take it.
+const SURE: Duration = Duration::from_secs(8);
 /// Acknowledgements wait for others so long.
 const GATHER: Duration = Duration::from_millis(50);
 /// How long those who read may take to let go of streams that move.
@@ -257,7 +257,7 @@ impl Shared {
                     let waits = self.state.lock().session.as_ref().is_some_and(Session::has_acks);
                     if waits {
                         tokio::time::sleep(GATHER).await;
-                        timeout_at(*renewed + (LEASE - MARGIN), self.flush()).await.map_err(|_| self.silent())?;
+                        timeout_at(*renewed + SURE, self.flush()).await.map_err(|_| self.silent())?;
                     }
                     continue;
                 }
@@ -265,7 +265,7 @@ impl Shared {
             }
             let asked = Instant::now();
             // A server that says nothing may have given the streams to another by then.
-            let held = timeout_at(*renewed + (LEASE - MARGIN), self.hold(false, false)).await;
+            let held = timeout_at(*renewed + SURE, self.hold(false, false)).await;
             match held.map_err(|_| self.silent())? {
                 Ok(holds) => {
                     if holds.ours != ours {
@@ -288,7 +288,7 @@ impl Shared {
                 }
                 Err(failed) => {
                     self.state.lock().trouble = Some(Arc::clone(failed.why()));
-                    if renewed.elapsed() + MARGIN > LEASE {
+                    if renewed.elapsed() > SURE {
                         return Err(self.storage("keep the streams", &failed));
                     }
                 }

@@ -200,9 +200,8 @@ async fn where_copy_would_mean_something_else_rows_are_inserted() {
     watched(&client, &name("instead"), "id int").await;
     client
         .batch_execute(&format!(
-            "CREATE RULE elsewhere AS ON INSERT TO {0}_ruled DO INSTEAD INSERT INTO {0}_instead VALUES (new.id);
-             CREATE VIEW {0}_view AS SELECT id FROM {0}_instead",
-            base
+            "CREATE RULE elsewhere AS ON INSERT TO {base}_ruled DO INSTEAD INSERT INTO {base}_instead VALUES (new.id);
+             CREATE VIEW {base}_view AS SELECT id FROM {base}_instead"
         ))
         .await
         .unwrap();
