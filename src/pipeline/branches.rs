@@ -176,6 +176,10 @@ impl Branches<'_, '_> {
         check(grammar::kind(sink.kind), &mut overrides, &pointer, false, &mut checked);
         for finding in &checked.findings {
             fits = false;
+            // Of what could not be expanded the file has heard.
+            if loaded.is_pruned(&finding.pointer) {
+                continue;
+            }
             let mut found = loaded.diagnostic(finding.code, &finding.pointer, finding.at_key, finding.message.clone());
             found.help.clone_from(&finding.help);
             self.maker.found.push(found);
@@ -234,7 +238,10 @@ impl Branches<'_, '_> {
             let field = fault.pointer.split('/').nth(1).unwrap_or_default();
             let overridden = !over.is_empty() && loaded.value.pointer(&format!("{over}/{field}")).is_some();
             let pointer = format!("{}{}", if overridden { over } else { here }, fault.pointer);
-            if !loaded.is_pruned(&pointer) {
+            // An address may stand in either.
+            let other_address =
+                field == "url" && [over, here].iter().any(|place| loaded.is_pruned(&child(place, "cluster")));
+            if !loaded.is_pruned(&pointer) && !other_address {
                 let found = loaded.diagnostic(Code::SinkSetting, &pointer, false, fault.message);
                 self.maker.found.push(found.help(fault.help));
             }

@@ -89,7 +89,7 @@ pub struct UpsertSpec {
     pub columns: IndexMap<String, Value>,
 }
 
-/// `insert:` — many go by COPY, if nothing is lost by it: 100 or more in a row with the same columns, without `on_conflict` and
+/// `insert:` — many go by COPY, if nothing is lost by it: 400 or more in a row with the same columns, without `on_conflict` and
 /// `barrier`, into a table without rules, row security and columns of a domain, none of the columns written an array, a
 /// composite or generated always. Otherwise, and to find a row that is refused, by INSERT.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]

@@ -188,7 +188,7 @@ pub fn load_text_with(
         diagnostics,
         neighbours,
         root: Some(root),
-        pruned: checked.pruned.into_iter().chain(without).collect(),
+        pruned: checked.pruned.into_iter().chain(without).chain(unknown).collect(),
     };
     for finding in checked.findings.iter().take(MOST_PROBLEMS) {
         let diagnostic = loaded.of_finding(finding);

@@ -47,19 +47,39 @@ pub(super) fn source(plan: &Plan) -> Vec<Fact> {
     if let Some(schema) = &source.schema {
         facts.push(fact("schema", format!("{}; a payload that does not match is a 422", schema.path())));
     }
-    let full = match source.backlog.on_full {
-        OnFull::Refuse => "new writes hear 503",
-        OnFull::Drop => "the oldest are dropped, counted",
-    };
-    facts.push(fact(
-        "backlog",
-        format!("unfinished records up to {} and {}, then {full}", source.backlog.size, source.backlog.age),
-    ));
-    facts.push(fact(
-        "retention",
-        format!("finished records for {} and up to {}", source.retention.age, source.retention.size),
-    ));
+    facts.extend(kept(plan));
     facts
+}
+
+/// How much may wait, and what becomes of it when it is finished.
+fn kept(plan: &Plan) -> [Fact; 2] {
+    let source = &plan.source;
+    let (backlog, retention) = match &source.kind {
+        SourceKind::Embedded | SourceKind::Memory => {
+            let full = match source.backlog.on_full {
+                OnFull::Refuse => "new writes hear 503",
+                OnFull::Drop => "the oldest are dropped, counted",
+            };
+            (
+                format!("unfinished records up to {} and {}, then {full}", source.backlog.size, source.backlog.age),
+                format!("finished records for {} and up to {}", source.retention.age, source.retention.size),
+            )
+        }
+        SourceKind::Redis(_) => (
+            format!("the streams up to {} of the server's memory, then new writes hear 503", source.backlog.size),
+            "finished entries for 30 s, less where they take much memory".to_owned(),
+        ),
+        SourceKind::Kafka(_) => (
+            "as much as the topic holds; what it removes before it was delivered stops the branch with an alarm"
+                .to_owned(),
+            "the topic's own settings (retention.ms, retention.bytes)".to_owned(),
+        ),
+        SourceKind::Sqs(_) => (
+            "as much as the queue holds; it removes a message after its own retention, delivered or not".to_owned(),
+            "a finished message is deleted at once".to_owned(),
+        ),
+    };
+    [fact("backlog", backlog), fact("retention", retention)]
 }
 
 /// What there is to know of a log that others keep.
@@ -103,7 +123,7 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
     }
     if let ShelfKind::Redis(shelf) = &source.shelf {
         facts.push(fact("shelf", format!("in Redis, in memory there and bounded by it: {shelf:?}")));
-        let twice = if matches!(source.kind, SourceKind::Redis(_)) {
+        let twice = if matches!(&source.kind, SourceKind::Redis(streams) if shelf.is_beside(streams)) {
             "one record, exactly"
         } else {
             "one record, except after a crash in between: then it may be appended twice, under one id"

@@ -17,7 +17,7 @@ use super::statement::{Case, Run, list};
 use super::verdict::{Ended, is_for_insert, within};
 
 /// Fewer rows are not worth the question what the table is like.
-const FEWEST: usize = 100;
+const FEWEST: usize = 400;
 /// Deeper JSON the server may refuse to read, and with COPY it would not read what goes into a text column.
 const DEEPEST: usize = 256;
 

@@ -72,11 +72,12 @@ impl Holding {
         let mut ready = Vec::with_capacity(entries.len());
         let mut revision = None;
         for mut entry in entries {
-            let by_rule = entry.record.epoch == 0;
+            let by_rule = entry.record.epoch == 0 && entry.record.due_at.is_none();
+            if entry.record.epoch == 0 {
+                Arc::make_mut(&mut entry.record).epoch = *revision.get_or_insert_with(&self.revision);
+            }
             if by_rule {
-                let epoch = *revision.get_or_insert_with(&self.revision);
                 set_due(&mut entry, rule.as_ref());
-                Arc::make_mut(&mut entry.record).epoch = epoch;
             }
             let due_at = entry.record.due_at.filter(|_| by_rule || self.ours_too);
             let due = due_at.unwrap_or(Timestamp::MIN);

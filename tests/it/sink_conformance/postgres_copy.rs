@@ -7,7 +7,7 @@ use walflow::sink::{Operation, Verdict};
 use super::postgres::{client, one, sink, table, url};
 use super::{keyed, operation, verdicts};
 
-const MANY: u16 = 150;
+const MANY: u16 = 600;
 
 /// Makes a table whose statements are kept, `COPY` or `INSERT` each, in the table `{name}_log`.
 async fn watched(client: &Client, name: &str, columns: &str) {
