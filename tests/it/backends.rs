@@ -109,13 +109,15 @@ async fn notifications_go_from_redis_streams_to_a_service() {
     let user = unique("user");
     let event = |urgent: bool| json!({"user_id": user, "channel": "push", "body": "Hello", "urgent": urgent});
     write(&running, "notification-events", event(true)).await;
-    until("the urgent one arrives", || (receiver.count() == 1).then_some(())).await;
+    // The streams are shared: what an earlier run did not acknowledge comes again.
+    let ours = || receiver.accepted().iter().filter(|got| String::from_utf8_lossy(&got.body).contains(&user)).count();
+    until("the urgent one arrives", || (ours() == 1).then_some(())).await;
     write(&running, "notification-events", event(false)).await;
     until_status(&running, "notification-events", "the other one waits", |status| status["parked"] == 1).await;
     let scheduled = format!("{}/api/v1/wal/namespace/notification-events/scheduled?key={user}", running.url);
     assert_eq!(running.client.delete(scheduled).send().await.unwrap().status(), 200);
     until_status(&running, "notification-events", "it is cancelled", |status| status["parked"] == 0).await;
-    assert_eq!(receiver.count(), 1);
+    assert_eq!(ours(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -366,7 +366,9 @@ impl Cluster {
                 if of_the_slot && map.slots.as_ref().is_some_and(|slots| slots.served() > 0) {
                     return Outcome::Failed(Failure { verdict: Verdict::Part, ..failure });
                 }
-                Outcome::Failed(failure)
+                // The nodes learn of it one after the other: as long as one answers it is not the whole.
+                node.set(Health::Refuses);
+                Outcome::OfNode(Some(Arc::clone(node)), failure)
             }
             // A slot is on its way to another node.
             (Some("TRYAGAIN"), _) => Outcome::Failed(Failure { verdict: Verdict::Part, ..failure }),

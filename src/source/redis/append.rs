@@ -37,9 +37,8 @@ const GROUP_BYTES: usize = 8 << 20;
 const GROUP: usize = 1_000;
 /// Full groups that wait for their answers at once.
 const UNDER_WAY: usize = 4;
-
 /// Writers of a namespace at most.
-const WRITERS: u16 = 4;
+const WRITERS: u16 = 8;
 
 /// A record, with its key if it is to be told apart by it, and its stream.
 pub(super) struct Item {
@@ -56,7 +55,8 @@ struct Job {
 
 /// Where records are handed over, and what writes them.
 pub(super) struct Writers {
-    all: Vec<(Arc<Link>, mpsc::Sender<Job>)>,
+    all: Vec<mpsc::Sender<Job>>,
+    link: Arc<Link>,
     names: Names,
     /// For records without a key, the streams in turn.
     round: AtomicU16,
@@ -65,15 +65,14 @@ pub(super) struct Writers {
 impl Writers {
     /// Starts them; they end when this is dropped and what they were given is written.
     pub(super) fn start(
-        link: impl Fn() -> Link,
+        link: &Link,
         names: &Names,
         context: &Context,
         ends: &Arc<Ends>,
     ) -> (Self, Vec<JoinHandle<()>>) {
         let start = |_| {
-            let link = Arc::new(link());
             let writer = Writer {
-                link: Arc::clone(&link),
+                link: Arc::new(link.beside()),
                 names: names.clone(),
                 context: context.clone(),
                 ends: Arc::clone(ends),
@@ -81,15 +80,15 @@ impl Writers {
                 fenced: AtomicU64::new(0),
             };
             let (jobs, waiting) = mpsc::channel(WAITING);
-            ((link, jobs), tokio::spawn(run(Arc::new(writer), waiting)))
+            (jobs, tokio::spawn(run(Arc::new(writer), waiting)))
         };
         let (all, tasks) = (0..WRITERS.min(names.streams)).map(start).unzip();
-        (Self { all, names: names.clone(), round: AtomicU16::new(0) }, tasks)
+        (Self { all, link: Arc::new(link.beside()), names: names.clone(), round: AtomicU16::new(0) }, tasks)
     }
 
-    /// Their ways to the server.
-    pub(super) fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
-        self.all.iter().map(|(link, _)| link)
+    /// A way to the server on which a wait for the disk makes no reader wait.
+    pub(super) const fn link(&self) -> &Arc<Link> {
+        &self.link
     }
 
     /// Hands records over, all or none; they have their places then. The future gives what became of each.
@@ -110,7 +109,7 @@ impl Writers {
             }
         }
         let mut going = Vec::new();
-        for ((_, jobs), (indexes, items)) in self.all.iter().zip(shares).filter(|(_, (_, items))| !items.is_empty()) {
+        for (jobs, (indexes, items)) in self.all.iter().zip(shares).filter(|(_, (_, items))| !items.is_empty()) {
             let room = jobs.try_reserve().map_err(|full| match full {
                 TrySendError::Full(()) => AdmitError::Busy { retry_after: Duration::from_secs(1) },
                 TrySendError::Closed(()) => AdmitError::Closed { reason: "the log is closing".into() },

@@ -119,8 +119,6 @@ struct State {
     number: u64,
     failures: u32,
     refused: Option<(Instant, Arc<str>)>,
-    /// The last thing that was said of weak settings.
-    warned: Option<String>,
 }
 
 /// The way to a server.
@@ -130,7 +128,7 @@ pub(super) struct Link {
     strict: bool,
     shown: Arc<str>,
     state: Mutex<State>,
-    known: parking_lot::Mutex<Known>,
+    known: Arc<parking_lot::Mutex<Known>>,
 }
 
 /// What is known of the server, for those who do not want to wait.
@@ -138,6 +136,8 @@ pub(super) struct Link {
 struct Known {
     facts: Option<Arc<Facts>>,
     trouble: Option<Arc<str>>,
+    /// The last thing that was said of weak settings.
+    warned: Option<String>,
 }
 
 /// Errors after which another server may have to be found.
@@ -149,7 +149,18 @@ impl Link {
     pub(super) fn new(address: Address, timeout: Duration, strict: bool) -> Self {
         crate::connection::tls::provider();
         let shown = address.to_string().into();
-        Self { address, timeout, strict, shown, state: Mutex::default(), known: parking_lot::Mutex::default() }
+        Self { address, timeout, strict, shown, state: Mutex::default(), known: Arc::default() }
+    }
+
+    /// Another way to the same server; what is known of it is known to both.
+    pub(super) fn beside(&self) -> Self {
+        Self {
+            address: self.address.clone(),
+            shown: Arc::clone(&self.shown),
+            state: Mutex::default(),
+            known: Arc::clone(&self.known),
+            ..*self
+        }
     }
 
     /// The server's address, for messages.
@@ -220,12 +231,14 @@ impl Link {
         };
         match made.await {
             Ok((connection, facts)) => {
-                if facts.weak.is_some() && facts.weak != state.warned {
-                    tracing::warn!(server = %self.shown, weak = facts.weak, "what is confirmed may be lost");
-                    state.warned.clone_from(&facts.weak);
-                }
                 let facts = Arc::new(facts);
-                *self.known.lock() = Known { facts: Some(Arc::clone(&facts)), trouble: None };
+                {
+                    let mut known = self.known.lock();
+                    if facts.weak.is_some() && facts.weak != known.warned {
+                        tracing::warn!(server = %self.shown, weak = facts.weak, "what is confirmed may be lost");
+                    }
+                    *known = Known { warned: facts.weak.clone(), facts: Some(Arc::clone(&facts)), trouble: None };
+                }
                 state.number += 1;
                 (state.failures, state.refused) = (0, None);
                 let open = Open { connection, facts, number: state.number };

@@ -109,13 +109,11 @@ fn start(spec: &RedisSourceSpec, context: &Context) -> Result<Arc<Streams>, LogE
         cause: format!("{}: {}", fault.pointer, fault.message).into(),
     };
     let durable = spec.durability == Durability::Strict || context.strict;
-    let address = spec.address().map_err(wrong)?;
-    let link = Arc::new(Link::new(address.clone(), spec.timeout(), durable));
+    let link = Arc::new(Link::new(spec.address().map_err(wrong)?, spec.timeout(), durable));
     let names = Names::new(spec.prefix.as_deref(), &context.namespace, spec.streams());
     let ends = Arc::new(Ends::new(names.streams));
     // Their connections are their own: what waits for the disk would make reads and renewals of holds wait with it.
-    let own = || Link::new(address.clone(), spec.timeout(), durable);
-    let (writers, writing) = Writers::start(own, &names, context, &ends);
+    let (writers, writing) = Writers::start(&link, &names, context, &ends);
     let streams = Arc::new_cyclic(|this: &Weak<Streams>| Streams {
         this: this.clone(),
         link,
@@ -320,9 +318,7 @@ impl Broker for Streams {
     fn trouble(&self) -> Option<String> {
         let of_branches =
             || self.branches.lock().iter().find_map(|(name, member)| Some(format!("{name}: {}", member.trouble()?)));
-        let of_writers = || self.writers.lock().as_ref()?.links().find_map(|link| link.trouble());
-        let trouble = self.link.trouble().or_else(of_writers);
-        trouble.map(|why| why.to_string()).or_else(of_branches)
+        self.link.trouble().map(|why| why.to_string()).or_else(of_branches)
     }
 
     fn append(&self, records: Vec<Arc<Record>>) -> BoxFuture<'static, Result<Handed, AdmitError>> {
@@ -451,7 +447,7 @@ impl Broker for Streams {
         self.with(|streams| async move {
             let act = || format!("write dead letters to stream {}", streams.names.dead());
             let writers = streams.writers.lock().clone();
-            let link = writers.as_ref().and_then(|writers| writers.links().next()).unwrap_or(&streams.link);
+            let link = writers.as_ref().map_or(&streams.link, |writers| writers.link());
             let open = link.open().await.map_err(|failed| failed.storage(act()))?;
             let mut pipeline = Pipeline::new();
             for letter in &letters {
