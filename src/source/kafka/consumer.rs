@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
@@ -55,6 +56,8 @@ pub(super) struct Shared {
     number: u32,
     listener: Listener,
     state: Mutex<State>,
+    /// The number of the newest session, which only the thread that polls begins.
+    generation: AtomicU64,
     /// For the thread and for callbacks: something changed.
     changed: Condvar,
     /// For readers: entries, a session, an error.
@@ -69,7 +72,6 @@ struct State {
     failed: Option<LogError>,
     rejoin: bool,
     stopped: bool,
-    generations: u64,
     trouble: Option<String>,
 }
 
@@ -153,8 +155,7 @@ impl Shared {
         let parts: Vec<u16> = cursor.iter().map(Position::part).collect();
         consumer.assign(&list(&self.topic, &cursor, &parts))?;
         let mut state = self.state.lock();
-        state.generations += 1;
-        let generation = state.generations;
+        let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         tracing::info!(group = %self.group, partitions = ?parts, "partitions assigned");
         state.trouble = None;
         self.listener.clear();
@@ -277,13 +278,18 @@ impl Shared {
 
     /// Waits for a message and takes what else is there with it.
     fn poll(&self, consumer: &BaseConsumer<Callbacks>) {
-        let generation = self.state.lock().generations;
+        let mut generation = self.generation.load(Ordering::Relaxed);
         let (mut arrived, mut bytes, mut wait) = (Vec::new(), 0, POLL);
         let mut error = None;
         while arrived.len() < TURN.0 && bytes < TURN.1 {
             match consumer.poll(wait) {
                 None => break,
                 Some(Ok(message)) => {
+                    // What came before parts were given anew comes again from where those begin.
+                    let now = self.generation.load(Ordering::Relaxed);
+                    if std::mem::replace(&mut generation, now) != now {
+                        arrived.clear();
+                    }
                     let record = message::record(&message, self.number);
                     bytes += record.weight();
                     arrived.push((message::position(message.partition(), message.offset()), record));
@@ -409,13 +415,13 @@ impl Member {
             group: group.to_owned(),
             number,
             listener: Listener::new(cluster),
+            generation: AtomicU64::new(0),
             state: Mutex::new(State {
                 session: None,
                 begin,
                 failed: None,
                 rejoin: false,
                 stopped: false,
-                generations: 0,
                 trouble: None,
             }),
             changed: Condvar::new(),
