@@ -29,6 +29,7 @@ pub(super) const LARGEST_BODY: u64 = (16 << 20) / 3 * 4 + (64 << 10);
     request_body = Envelope,
     responses(
         (status = 202, description = "Durable now", body = Accepted),
+        (status = 404, description = "`no_namespace`; `other_shard`: it runs on instances of another shard"),
         (status = 408, description = "`slow_body`"),
         (status = 409, description = "`key_running`: the first write with this idempotency key is still under way; `loop`: its `origin` is this very region"),
         (status = 413, description = "`too_large`"),

@@ -124,12 +124,11 @@ impl FileSink {
 
 /// Whether files can be made where the path is literal.
 fn probe_folder(folder: &Path) -> Probed {
-    let what = format!("folder {}", folder.display());
-    let Some(there) = folder
-        .ancestors()
-        .map(|one| if one.as_os_str().is_empty() { Path::new(".") } else { one })
-        .find(|one| one.exists())
-    else {
+    fn named(path: &Path) -> &Path {
+        if path.as_os_str().is_empty() { Path::new(".") } else { path }
+    }
+    let what = format!("folder {}", named(folder).display());
+    let Some(there) = folder.ancestors().map(named).find(|one| one.exists()) else {
         return Probed::wrong(what, "nothing of this path is there");
     };
     if !there.is_dir() {
