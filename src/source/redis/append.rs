@@ -34,7 +34,7 @@ const WAITING: usize = 16_384;
 /// Bytes of one group, about.
 const GROUP_BYTES: usize = 8 << 20;
 /// Records of one group, about.
-const GROUP: usize = 1_000;
+const GROUP: usize = 250;
 /// Full groups that wait for their answers at once.
 const UNDER_WAY: usize = 4;
 /// Writers of a namespace at most.
