@@ -195,7 +195,7 @@ static CREDENTIALS: LazyLock<Option<Regex>> = LazyLock::new(|| {
     Regex::new(
         r#"(?xi) whsec_ (?<a> [^\s"',}]+ )
         | :// [^/@\s"']*? : (?<b> [^/@\s"']+ ) @
-        | \b (?: secret | password | passwd | token | authorization | api[_-]?key ) ["']? \s* : \s* (?<c> [^$\s\#{] [^\#]* )"#,
+        | \b (?: secret (?:_access_key)? | password | passwd | token | authorization | api[_-]?keys? ) ["']? \s* : \s* (?<c> [^$\s\#{] [^\#]* )"#,
     )
     .ok()
 });
@@ -266,6 +266,8 @@ mod tests {
             "url: redis://user:CANARY@host/1",
             "url: redis://:CANARY@host/1",
             "password: CANARY",
+            "secret_access_key: CANARY",
+            "api_keys: [CANARY]",
             "  Authorization: \"Bearer CANARY\"",
         ] {
             let text = Text::new("a", line);
