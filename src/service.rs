@@ -30,6 +30,7 @@ use crate::clock::Clock;
 use crate::console::{self, Instance};
 use crate::ingest::{self, Limits};
 use crate::spec::diagnostic::Diagnostic;
+use crate::spec::settings::InForce;
 
 use files::Files;
 use instance::Front;
@@ -58,6 +59,8 @@ pub struct Settings {
     pub api_keys: Vec<SecretString>,
     /// Where to write the address that is listened on.
     pub address_file: Option<PathBuf>,
+    /// What these settings came from, to be compared with walflow.yaml when that is read again.
+    pub in_force: InForce,
 }
 
 /// Why an instance could not start or did not end well.
@@ -152,7 +155,7 @@ pub async fn run(settings: Settings) -> Result<(), ServiceError> {
     }
     let mut signals =
         Signals::new().map_err(|cause| ServiceError::System { act: "listen for signals".into(), cause })?;
-    let files = Files::new(settings.paths.clone(), settings.config.clone(), settings.shards.clone());
+    let files = Files::new(&settings);
     let reading = files.read();
     reading.report();
     if settings.strict && reading.has_errors() {

@@ -14,6 +14,7 @@ mod namespace;
 mod output;
 mod run;
 mod schema;
+mod settings;
 mod status;
 mod write;
 
@@ -132,7 +133,7 @@ fn carry_out(verb: Verb) -> Result<(), Stop> {
     // Two TLS stacks in one process panic at the first use; this picks the one that is linked.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     match verb {
-        Verb::Run(args) => run::run(args),
+        Verb::Run(args) => run::run(&args),
         Verb::Write(args) => client::block_on(write::write(args)),
         Verb::Status(args) => client::block_on(status::status(args)),
         Verb::DeadLetters(verb) => client::block_on(dead_letters::dead_letters(verb)),
@@ -156,6 +157,27 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_of_run_is_a_key_of_walflow_yaml() {
+        let command = Cli::command();
+        let run = command.find_subcommand("run").unwrap();
+        let flags: Vec<&str> = run
+            .get_arguments()
+            .map(|argument| argument.get_id().as_str())
+            // The file itself, and what only one call does.
+            .filter(|id| !["config", "dry_run", "probe", "output"].contains(id))
+            .collect();
+        assert_eq!(flags, crate::spec::settings::keys().collect::<Vec<_>>());
+        let schema: serde_json::Value = serde_json::from_str(&crate::spec::shared_schema()).unwrap();
+        for argument in run.get_arguments().filter(|argument| flags.contains(&argument.get_id().as_str())) {
+            let key = argument.get_id().as_str();
+            let property = &schema["properties"][key];
+            assert!(argument.get_long().is_none_or(|long| long.replace('-', "_") == key), "{key}");
+            let default = argument.get_default_values().first().map(|default| default.to_str().unwrap());
+            assert_eq!(property["default"].as_str().map(ToOwned::to_owned), default.map(ToOwned::to_owned), "{key}");
+        }
     }
 
     #[test]

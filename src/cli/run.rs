@@ -1,41 +1,26 @@
 //! `walflow run`: run the pipelines, or only check and print them.
 
 use std::io::IsTerminal as _;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
 
+use super::settings::{Resolved, resolve};
 use super::{Output, Stop, logging, output};
 use crate::pipeline;
 use crate::pipeline::plan::Plan;
 use crate::service::probe::Probe;
 use crate::service::{self, ServiceError, Settings};
-use crate::spec::environment::Environment;
-use crate::spec::shared::{self, Shared};
-use crate::units::Span;
+use crate::spec::settings::ServiceSpec;
 
-/// Settings of one instance.
+/// Settings of one instance, and what this call does.
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// Pipeline files, and folders of them
-    #[arg(env = "WALFLOW_PATHS", default_value = "pipelines/", value_delimiter = ',')]
-    paths: Vec<PathBuf>,
-    /// The file with shared connections and defaults. Default: ./walflow.yaml, else /etc/walflow/walflow.yaml, where there is one
+    #[command(flatten)]
+    own: ServiceSpec,
+    /// The file with settings of its own, shared connections and defaults. Default: ./walflow.yaml, else /etc/walflow/walflow.yaml, where there is one
     #[arg(long, env = "WALFLOW_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Run only the namespaces of these shards, comma-separated or repeated. Default: all
-    #[arg(long, env = "WALFLOW_SHARD", value_delimiter = ',', value_name = "NAME")]
-    shard: Vec<String>,
-    /// Where to listen; without API keys only on loopback
-    #[arg(long, env = "WALFLOW_LISTEN", default_value = "127.0.0.1:3000", value_name = "ADDRESS")]
-    listen: SocketAddr,
-    /// Another port than that of --listen
-    #[arg(long, env = "PORT")]
-    port: Option<u16>,
-    /// The folder that holds the log
-    #[arg(long, env = "WALFLOW_DATA", default_value = "./data", value_name = "FOLDER")]
-    data: PathBuf,
     /// Check the files and print what they mean; opens nothing
     #[arg(long, env = "WALFLOW_DRY_RUN")]
     dry_run: bool,
@@ -45,42 +30,34 @@ pub(super) struct RunArgs {
     /// How the dry run prints
     #[arg(long, env = "WALFLOW_OUTPUT", value_enum, default_value_t)]
     output: Output,
-    /// Do not start when any file has a problem
-    #[arg(long, env = "WALFLOW_STRICT")]
-    strict: bool,
-    /// How long a stop lets what is under way end
-    #[arg(long, env = "WALFLOW_SHUTDOWN_TIMEOUT", default_value = "25s", value_name = "DURATION")]
-    shutdown_timeout: Span,
-    /// API keys, comma-separated; every caller needs one of them. Better given in the environment
-    #[arg(long, env = "VALID_API_KEYS", hide_env_values = true, value_delimiter = ',', value_name = "KEYS")]
-    api_keys: Vec<String>,
-    /// Write the address that is listened on to this file
-    #[arg(long, env = "WALFLOW_ADDRESS_FILE", value_name = "FILE")]
-    address_file: Option<PathBuf>,
-    #[command(flatten)]
-    log: logging::LogArgs,
 }
 
-pub(super) fn run(args: RunArgs) -> Result<(), Stop> {
-    if args.dry_run {
-        return dry_run(&args);
+pub(super) fn run(args: &RunArgs) -> Result<(), Stop> {
+    let resolved: Resolved<RunArgs> = resolve(args.config.as_deref(), &["run"])?;
+    if resolved.args.dry_run {
+        return dry_run(&resolved);
     }
-    logging::start(&args.log)?;
+    if let Some(shared) = &resolved.shared {
+        let problems: Vec<String> = shared.unusable().iter().map(|problem| problem.render(false)).collect();
+        if !problems.is_empty() {
+            let message = format!("{} has problems\n{}", shared.text.name(), problems.join("\n"));
+            return Err(Stop::new(Stop::CONFIG, message.trim_end()));
+        }
+    }
+    let own = resolved.args.own;
+    logging::start(own.log_format, &own.log_level)?;
     raise_file_limit();
-    let mut listen = args.listen;
-    if let Some(port) = args.port {
-        listen.set_port(port);
-    }
     let settings = Settings {
-        paths: args.paths,
-        config: args.config,
-        shards: args.shard.into_iter().filter(|shard| !shard.is_empty()).collect(),
-        listen,
-        data: args.data,
-        strict: args.strict,
-        shutdown_timeout: args.shutdown_timeout.0,
-        api_keys: args.api_keys.into_iter().filter(|key| !key.is_empty()).map(Into::into).collect(),
-        address_file: args.address_file,
+        listen: resolved.in_force.address(&own),
+        paths: own.paths,
+        config: resolved.args.config,
+        shards: own.shard.into_iter().filter(|shard| !shard.is_empty()).collect(),
+        data: own.data,
+        strict: own.strict,
+        shutdown_timeout: own.shutdown_timeout.0,
+        api_keys: own.api_keys.into_iter().filter(|key| !key.is_empty()).map(Into::into).collect(),
+        address_file: own.address_file,
+        in_force: resolved.in_force,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(service::run(settings));
@@ -89,12 +66,9 @@ pub(super) fn run(args: RunArgs) -> Result<(), Stop> {
     result.map_err(|error| Stop::new(exit_code(&error), error.to_string()))
 }
 
-fn dry_run(args: &RunArgs) -> Result<(), Stop> {
-    let variables =
-        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    let environment = Environment::new(variables);
-    let shared = shared::find(args.config.as_deref()).map(|path| Shared::read(&path, &environment));
-    let found = pipeline::dry_run_with(&args.paths, shared.as_ref(), &environment);
+fn dry_run(resolved: &Resolved<RunArgs>) -> Result<(), Stop> {
+    let args = &resolved.args;
+    let found = pipeline::dry_run_with(&args.own.paths, resolved.shared.as_ref(), &resolved.environment);
     let probes = if args.probe { probe(&found.plans)? } else { Vec::new() };
     match args.output {
         Output::Json => {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tracing::{error, warn};
 
+use super::Settings;
 use crate::clock::Clock;
 use crate::pipeline::plan::Plan;
 use crate::pipeline::{from_epoch, make};
@@ -17,6 +18,7 @@ use crate::record::Namespace;
 use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 use crate::spec::environment::Environment;
+use crate::spec::settings::{InFile, InForce};
 use crate::spec::shared::{self, Shared};
 use crate::spec::text::Text;
 use crate::spec::{Loaded, Neighbours, load_text_with, load_with};
@@ -29,6 +31,8 @@ pub(super) struct Files {
     config: Option<PathBuf>,
     /// The shards that run here; none = all.
     shards: Vec<String>,
+    /// The service's own settings as they were at the start.
+    in_force: InForce,
     environment: Environment,
     compiler: Compiler,
     names: Mutex<BTreeMap<Arc<str>, Namespace>>,
@@ -45,6 +49,8 @@ pub(super) struct Reading {
     pub problems: Vec<Diagnostic>,
     /// The problem of a file of which nobody can say whose it is.
     pub nameless: Option<Arc<Diagnostic>>,
+    /// Settings of its own to which walflow.yaml now gives other values than those in force.
+    pub other_settings: Vec<String>,
     /// True when no path led to a file.
     pub no_files: bool,
 }
@@ -60,12 +66,20 @@ pub(super) struct Found {
 
 impl Files {
     /// Files under these paths; references are resolved in the process's own environment.
-    pub(super) fn new(paths: Vec<PathBuf>, config: Option<PathBuf>, shards: Vec<String>) -> Self {
+    pub(super) fn new(settings: &Settings) -> Self {
         let variables: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
         let compiler = Compiler::new(Clock::system(), variables.clone());
-        Self { paths, config, shards, environment: Environment::new(variables), compiler, names: Mutex::default() }
+        Self {
+            paths: settings.paths.clone(),
+            config: settings.config.clone(),
+            shards: settings.shards.clone(),
+            in_force: settings.in_force.clone(),
+            environment: Environment::new(variables),
+            compiler,
+            names: Mutex::default(),
+        }
     }
 
     /// Reads everything again.
@@ -75,7 +89,12 @@ impl Files {
         // What a pipeline takes from a broken walflow.yaml is not known: each stays as it was.
         let broken = shared.as_ref().and_then(Shared::error).cloned().map(Arc::new);
         let no_files = load.files.is_empty();
-        let mut reading = Reading { problems: load.diagnostics, no_files, ..Reading::default() };
+        let other_settings = match &shared {
+            Some(shared) if !shared.unusable().is_empty() => Vec::new(),
+            Some(shared) => self.in_force.changed(&shared.settings),
+            None => self.in_force.changed(&InFile::default()),
+        };
+        let mut reading = Reading { problems: load.diagnostics, other_settings, no_files, ..Reading::default() };
         let mut by_name: BTreeMap<Namespace, Result<Arc<Plan>, Arc<Diagnostic>>> = BTreeMap::new();
         for loaded in &load.files {
             let made = make(loaded, &self.environment, &self.compiler);
@@ -181,6 +200,10 @@ impl Reading {
 
     /// Tells every problem to the log.
     pub(super) fn report(&self) {
+        if !self.other_settings.is_empty() {
+            let keys = self.other_settings.join(", ");
+            warn!(keys, "walflow.yaml has other settings of the service now: they hold after a restart");
+        }
         for problem in &self.problems {
             let (code, file, line) = (problem.code.as_str(), &*problem.file, problem.line);
             let help = problem.help.as_deref();

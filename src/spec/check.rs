@@ -59,12 +59,17 @@ struct Walk<'a> {
     written: &'a BTreeMap<String, Written>,
 }
 
-/// Checks a whole file. `unknown` names values that could not be expanded; they are reported already. What is exactly
+/// Checks all keys of a file. `unknown` names values that could not be expanded; they are reported already. What is exactly
 /// one reference (`written`) takes the type that its place asks for.
-pub fn check_file(value: &mut Value, unknown: &[String], written: &BTreeMap<String, Written>) -> Checked {
+pub fn check_file(
+    schema: &'static Value,
+    value: &mut Value,
+    unknown: &[String],
+    written: &BTreeMap<String, Written>,
+) -> Checked {
     let mut out = Checked::default();
     let mut walk = Walk { out: &mut out, whole: true, unknown, written };
-    walk.value(grammar::schema(), value, "");
+    walk.value(schema, value, "");
     out
 }
 
@@ -450,7 +455,7 @@ mod tests {
 
     fn found(value: &Value) -> Vec<String> {
         let mut value = value.clone();
-        let checked = check_file(&mut value, &[], &BTreeMap::new());
+        let checked = check_file(grammar::schema(), &mut value, &[], &BTreeMap::new());
         checked
             .findings
             .iter()
@@ -508,7 +513,7 @@ mod tests {
             "source": {"limits": {"record": "big"}, "key": "/id"},
             "sink": {"stdout": null, "batch": {"linger": {}}},
         });
-        let checked = check_file(&mut value, &[], &BTreeMap::new());
+        let checked = check_file(grammar::schema(), &mut value, &[], &BTreeMap::new());
         assert_eq!(checked.findings.len(), 4, "{:#?}", checked.findings);
         let spec: crate::spec::PipelineSpec = serde_json::from_value(value).unwrap();
         assert_eq!(spec.source.key.as_deref(), Some("/id"));

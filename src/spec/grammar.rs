@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use serde_json::Value;
 
-use super::PipelineSpec;
+use super::{PipelineSpec, settings};
 
 /// The words that say what a sink is.
 pub const SINK_KINDS: &[&str] = &["stdout", "file", "http", "redis", "postgres", "kafka", "sqs"];
@@ -26,7 +26,8 @@ pub fn schema() -> &'static Value {
 
 /// The schema of a named type, or null.
 pub fn definition(name: &str) -> &'static Value {
-    SCHEMA.get("$defs").and_then(|all| all.get(name)).unwrap_or(&Value::Null)
+    let of = |schema: &'static Value| schema.get("$defs").and_then(|all| all.get(name));
+    of(&SCHEMA).or_else(|| of(settings::schema())).unwrap_or(&Value::Null)
 }
 
 /// The schema of a sink kind's settings.

@@ -24,7 +24,7 @@ use super::merge;
 use super::shared::Shared;
 use super::text::Text;
 use super::tree::{self, Content, Node};
-use super::{PipelineSpec, rules};
+use super::{PipelineSpec, grammar, rules};
 use crate::record::Namespace;
 
 /// The largest file that is read, in bytes.
@@ -176,7 +176,7 @@ pub fn load_text_with(
     let unknown: Vec<String> =
         diagnostics.iter().map(|found| found.pointer.clone()).filter(|at| !at.is_empty()).collect();
     let mut value = std::mem::take(&mut expansion.value);
-    let checked = check::check_file(&mut value, &unknown, &expansion.written);
+    let checked = check::check_file(grammar::schema(), &mut value, &unknown, &expansion.written);
 
     let namespace = value.get("namespace").and_then(Value::as_str).and_then(|name| name.parse().ok());
     let mut loaded = Loaded {

@@ -13,6 +13,7 @@ mod load;
 mod merge;
 mod publish;
 mod rules;
+pub mod settings;
 pub mod shared;
 mod show;
 pub mod sink;
@@ -20,7 +21,8 @@ pub mod text;
 pub mod tree;
 
 pub use load::{LARGEST_FILE, Load, Loaded, Neighbours, load, load_text, load_text_with, load_with};
-pub use publish::{defaults_table, json_schema, shared_schema};
+pub use publish::{defaults_table, json_schema, settings_table, shared_schema};
+pub use show::{service_json, service_text};
 
 use std::fmt;
 

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use serde_json::{Map, Value, json};
 
 use super::grammar::{self, CONNECTION_KINDS, SINK_KINDS, STAGE_KINDS};
+use super::settings;
 
 /// A reference to the environment, which may stand wherever a value does.
 const REFERENCE: &str = "\\$\\{.+\\}";
@@ -61,12 +62,16 @@ pub fn shared_schema() -> String {
             map.shift_remove("required");
         }
     }
-    schema = json!({
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "walflow.yaml",
-        "description": "What the pipelines of an instance share.",
-        "type": "object",
-        "properties": {
+    let mut properties = settings_for_editors();
+    let own = settings::schema().get("$defs").and_then(Value::as_object);
+    for (name, definition) in own.into_iter().flatten() {
+        let mut definition = definition.clone();
+        soften(&mut definition);
+        if let Some(parts) = parts.as_object_mut() {
+            parts.entry(name.clone()).or_insert(definition);
+        }
+    }
+    let shared = json!({
             "connections": {
                 "description": "Connections by name; a pipeline takes one with `use: NAME` in a map of its kind.",
                 "type": "object",
@@ -79,13 +84,35 @@ pub fn shared_schema() -> String {
                 }
             },
             "defaults": defaults
-        },
+    });
+    properties.extend(shared.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+    schema = json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "walflow.yaml",
+        "description": "The settings of an instance, and what its pipelines share.",
+        "type": "object",
+        "properties": properties,
         "additionalProperties": false,
         "$defs": parts
     });
     let mut text = serde_json::to_string_pretty(&schema).unwrap_or_default();
     text.push('\n');
     text
+}
+
+/// The service's own settings, in which a list may be one text, as its flag has it.
+fn settings_for_editors() -> Map<String, Value> {
+    let mut schema = settings::schema().clone();
+    let properties = schema.get_mut("properties").and_then(Value::as_object_mut).map(std::mem::take);
+    let mut properties = properties.unwrap_or_default();
+    for property in properties.values_mut() {
+        soften(property);
+        if let Some(map) = property.as_object_mut().filter(|map| map.get("type").is_some_and(|kind| kind == "array")) {
+            let list = json!({ "type": map.shift_remove("type"), "items": map.shift_remove("items") });
+            map.insert("anyOf".to_owned(), json!([list, { "type": "string" }]));
+        }
+    }
+    properties
 }
 
 /// The types of what may have a connection of a kind.
@@ -184,6 +211,13 @@ pub fn defaults_table() -> String {
     out
 }
 
+/// Every key of the service's own settings with its default, as a Markdown table.
+pub fn settings_table() -> String {
+    let mut out = String::from("| key | default | bounds | what it is |\n|---|---|---|---|\n");
+    rows("", settings::schema(), &mut out);
+    out
+}
+
 fn rows(path: &str, schema: &'static Value, out: &mut String) {
     for (name, property) in grammar::properties(schema) {
         let here = if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
@@ -255,12 +289,15 @@ mod tests {
         assert!(!fits(json!({ "defaults": { "namespace": "x" } })));
         assert!(!fits(json!({ "connections": { "main": { "redis": {}, "kafka": {} } } })));
         assert!(!fits(json!({ "conections": {} })));
+        assert!(fits(json!({ "listen": "0.0.0.0:80", "port": "${PORT:-80}", "paths": "a,b", "shard": ["x", "y"] })));
+        assert!(!fits(json!({ "port": 70000 })) && !fits(json!({ "log_format": "xml" })));
     }
 
     #[test]
     fn the_defaults_that_are_checked_in_are_those_of_the_types() {
         let head = "# Every key of a pipeline file, with its default\n\nGenerated from the types. Each arm of `sink.route` and `sink.fan_out` takes the keys of `sink`, and those of the\n`sink` around it where it has none of its own.\n\n";
-        checked_in("src/spec/DEFAULTS.md", &format!("{head}{}", defaults_table()));
+        let config = "\n# Every key of walflow.yaml beside `connections` and `defaults`\n\nEach has its flag, `--shutdown-timeout` for `shutdown_timeout`, and its environment variable (`walflow run --help`); both go\nbefore the file. Relative paths begin in the working folder. A list may be one text with commas.\n\n";
+        checked_in("src/spec/DEFAULTS.md", &format!("{head}{}{config}{}", defaults_table(), settings_table()));
     }
 
     /// The docs' `Default:` against the default that serde takes.

@@ -1,6 +1,7 @@
-//! walflow.yaml: what pipelines share, read and checked on its own.
+//! walflow.yaml: the service's own settings and what pipelines share, read and checked on its own.
 //!
-//! Takes the file's text, gives its connections and defaults as trees that know where they stand, with every problem.
+//! Takes the file's text, gives its settings, and its connections and defaults as trees that know where they stand, with
+//! every problem.
 //! Never merges anything into a pipeline.
 
 use std::collections::HashSet;
@@ -15,11 +16,12 @@ use super::environment::Environment;
 use super::expand::{child, expand_tree};
 use super::grammar::{self, CONNECTION_KINDS};
 use super::load::{Loaded, Neighbours, of_fault, read_text};
+use super::settings::{self, InFile};
 use super::text::Text;
 use super::tree::{self, Content, Entry, Node};
 
-/// The keys of walflow.yaml.
-const KEYS: &[&str] = &["connections", "defaults"];
+/// The keys of walflow.yaml beside the service's own settings.
+pub(super) const KEYS: &[&str] = &["connections", "defaults"];
 /// What a pipeline says for itself alone.
 const OWN: &[&str] = &["namespace", "retired", "tests"];
 
@@ -30,7 +32,9 @@ pub struct Shared {
     pub text: Text,
     /// Everything that is wrong with it.
     pub diagnostics: Vec<Diagnostic>,
-    root: Option<Node>,
+    /// What it says of the service's own settings, as far as that is fine.
+    pub settings: InFile,
+    pub(super) root: Option<Node>,
     path: Option<PathBuf>,
 }
 
@@ -50,9 +54,11 @@ impl Shared {
             Ok(text) => Self::of_text(Text::new(&name, &text), environment),
             Err((code, message)) => Self {
                 text: Text::new(&name, ""),
-                diagnostics: vec![Diagnostic::of_file(code, &name, message)],
-                root: None,
-                path: None,
+                diagnostics: vec![
+                    Diagnostic::of_file(code, &name, message)
+                        .help("--config or WALFLOW_CONFIG names the file; without either it may be missing"),
+                ],
+                ..Self::of_text(Text::new(&name, ""), environment)
             },
         };
         shared.path = path.canonicalize().ok();
@@ -63,20 +69,20 @@ impl Shared {
     pub fn of_text(text: Text, environment: &Environment) -> Self {
         let says_nothing = text.as_str().lines().all(|line| line.trim().is_empty() || line.trim().starts_with('#'));
         if says_nothing {
-            return Self { text, diagnostics: Vec::new(), root: None, path: None };
+            return Self { text, diagnostics: Vec::new(), settings: InFile::default(), root: None, path: None };
         }
         match tree::read(&text) {
             Ok((root, faults)) => {
                 let faults = faults.into_iter().map(|fault| of_fault(&text, fault)).collect();
                 let mut loaded = Loaded { root: Some(root), ..Loaded::broken(text, Neighbours::kept([].into())) };
                 loaded.diagnostics = faults;
-                inspect(&mut loaded, environment);
+                let settings = inspect(&mut loaded, environment);
                 loaded.tidy();
-                Self { text: loaded.text, diagnostics: loaded.diagnostics, root: loaded.root, path: None }
+                Self { text: loaded.text, diagnostics: loaded.diagnostics, settings, root: loaded.root, path: None }
             }
             Err(fault) => {
                 let diagnostics = vec![of_fault(&text, fault)];
-                Self { text, diagnostics, root: None, path: None }
+                Self { text, diagnostics, settings: InFile::default(), root: None, path: None }
             }
         }
     }
@@ -84,6 +90,14 @@ impl Shared {
     /// The first thing that keeps it from counting.
     pub fn error(&self) -> Option<&Diagnostic> {
         self.diagnostics.iter().find(|found| found.is_error())
+    }
+
+    /// Every error, when one of them leaves open how the service itself shall run. What is wrong with connections and
+    /// defaults concerns the pipelines that take them.
+    pub fn unusable(&self) -> Vec<&Diagnostic> {
+        let of_pipelines = |at: &str| at.split('/').nth(1).is_some_and(|key| KEYS.contains(&key));
+        let errors: Vec<&Diagnostic> = self.diagnostics.iter().filter(|found| found.is_error()).collect();
+        if errors.iter().all(|found| of_pipelines(&found.pointer)) { Vec::new() } else { errors }
     }
 
     /// True when a path leads to it.
@@ -112,29 +126,34 @@ impl Shared {
         if used.is_empty() && !defaults {
             return None;
         }
-        let mut text = self.text.as_str().to_owned();
-        let end = text.len();
-        let keeps = |entry: &Entry| match entry.key.as_str() {
-            "connections" => !used.is_empty(),
-            "defaults" => defaults,
-            _ => false,
-        };
-        self.blank(root, end, &mut text, &keeps);
-        if let Some(at) = root.entry("connections").filter(|_| !used.is_empty()) {
-            let after = following(root, at.key_range.start).unwrap_or(end);
-            self.blank(&at.node, after, &mut text, &|entry| used.contains(&entry.key));
-        }
-        let trimmed = Text::new(self.text.name(), &text);
-        // An anchor or a map in braces may reach beyond its part: then all is kept.
-        let same = tree::read(&trimmed).is_ok_and(|(other, faults)| {
-            let equal = |pointer: &str| {
-                let (a, b) = (root.nearest(pointer), other.nearest(pointer));
-                a.2 == b.2 && (!a.2 || format!("{:?}", a.0) == format!("{:?}", b.0))
+        let end = self.text.as_str().len();
+        // An anchor or a map in braces may reach beyond its part: then more is kept.
+        for whole in [false, true] {
+            let mut text = self.text.as_str().to_owned();
+            let keeps = |entry: &Entry| match entry.key.as_str() {
+                "connections" => whole || !used.is_empty(),
+                "defaults" => whole || defaults,
+                _ => false,
             };
-            let mut parts = used.iter().map(|name| child("/connections", name));
-            faults.is_empty() && parts.all(|part| equal(&part)) && (!defaults || equal("/defaults"))
-        });
-        Some(if same { trimmed } else { self.text.clone() })
+            self.blank(root, end, &mut text, &keeps);
+            if let Some(at) = root.entry("connections").filter(|_| !whole && !used.is_empty()) {
+                let after = following(root, at.key_range.start).unwrap_or(end);
+                self.blank(&at.node, after, &mut text, &|entry| used.contains(&entry.key));
+            }
+            let trimmed = Text::new(self.text.name(), &text);
+            let same = tree::read(&trimmed).is_ok_and(|(other, faults)| {
+                let equal = |pointer: &str| {
+                    let (a, b) = (root.nearest(pointer), other.nearest(pointer));
+                    a.2 == b.2 && (!a.2 || format!("{:?}", a.0) == format!("{:?}", b.0))
+                };
+                let mut parts = used.iter().map(|name| child("/connections", name));
+                faults.is_empty() && parts.all(|part| equal(&part)) && (!defaults || equal("/defaults"))
+            });
+            if same {
+                return Some(trimmed);
+            }
+        }
+        Some(self.text.clone())
     }
 
     /// Blanks the lines of every entry of a map that is not kept.
@@ -158,12 +177,13 @@ fn following(map: &Node, start: usize) -> Option<usize> {
     entries.iter().map(|entry| entry.key_range.start).filter(|at| *at > start).min()
 }
 
-fn inspect(loaded: &mut Loaded, environment: &Environment) {
-    let Some(root) = loaded.root.clone() else { return };
+fn inspect(loaded: &mut Loaded, environment: &Environment) -> InFile {
+    let Some(root) = loaded.root.clone() else { return InFile::default() };
     let mut findings = Vec::new();
     let Content::Map(entries) = &root.content else {
         findings.push(finding(Code::WrongType, "", "walflow.yaml holds a map", "write `connections:` and `defaults:`"));
-        return tell(loaded, &findings);
+        tell(loaded, &findings);
+        return InFile::default();
     };
     for entry in entries {
         match entry.key.as_str() {
@@ -180,16 +200,23 @@ fn inspect(loaded: &mut Loaded, environment: &Environment) {
                 }
                 part(loaded, &entry.node, grammar::schema(), "/defaults", environment, &mut findings);
             }
+            other if settings::keys().any(|key| key == other) => {}
             other => {
-                let help = nearest(other, KEYS.iter().copied()).map_or_else(
-                    || format!("the keys of walflow.yaml are {}", KEYS.join(", ")),
-                    |meant| format!("did you mean '{meant}'?"),
-                );
+                let keys: Vec<&str> = KEYS.iter().copied().chain(settings::keys()).collect();
+                let help = match nearest(other, keys.iter().copied()) {
+                    Some(meant) => format!("did you mean '{meant}'?"),
+                    None if grammar::properties(grammar::schema()).any(|(key, _)| key == other) => {
+                        format!("'{other}' belongs to a pipeline: put it below `defaults:`")
+                    }
+                    None => format!("the keys of walflow.yaml are {}", keys.join(", ")),
+                };
                 findings.push(finding(Code::UnknownKey, &child("", other), format!("unknown key '{other}'"), help));
             }
         }
     }
+    let settings = InFile::read(loaded, entries, environment, &mut findings);
     tell(loaded, &findings);
+    settings
 }
 
 fn finding(code: Code, pointer: &str, message: impl Into<String>, help: impl Into<String>) -> Finding {

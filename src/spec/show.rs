@@ -1,4 +1,4 @@
-//! The effective pipeline as YAML, behind each value where it came from.
+//! The effective pipeline as YAML, or the service's own settings, behind each value where it came from.
 //!
 //! Takes a file that was loaded, gives text or JSON. Shows what was written and never what a reference stands for;
 //! credentials that were written out are masked.
@@ -8,6 +8,9 @@ use serde_json::{Map, Value, json};
 use super::diagnostic::mask;
 use super::expand::child;
 use super::load::Loaded;
+use super::settings::InForce;
+use super::shared::{KEYS, Shared};
+use super::text::Text;
 use super::tree::{self, Content, Node};
 
 /// One line of the effective pipeline.
@@ -19,8 +22,8 @@ struct Line {
     origin: Option<String>,
 }
 
-struct Show<'a> {
-    loaded: &'a Loaded,
+struct Show {
+    text: Text,
     shared: Option<Node>,
     lines: Vec<Line>,
 }
@@ -37,38 +40,18 @@ impl Loaded {
 
     /// The effective pipeline as YAML with its origins.
     pub fn effective_text(&self) -> String {
-        let show = Show::of(self).walked();
-        let texts: Vec<(String, Option<&str>)> = show
-            .lines
-            .iter()
-            .map(|line| {
-                let value = line.value.as_ref().map(written).unwrap_or_default();
-                let space = if value.is_empty() || line.head.ends_with("- ") { "" } else { " " };
-                (format!("{}{}{space}{value}", "  ".repeat(line.depth), line.head), line.origin.as_deref())
-            })
-            .collect();
-        let width = texts.iter().filter(|(_, origin)| origin.is_some()).map(|(text, _)| text.chars().count());
-        let width = width.filter(|width| *width <= 72).max().unwrap_or(0);
-        texts.iter().fold(String::new(), |out, (text, origin)| match origin {
-            Some(origin) => format!("{out}{text:width$}  # {origin}\n"),
-            None => format!("{out}{text}\n"),
-        })
+        Show::of(self).walked(self).text()
     }
 
     /// The same for programs: each value with its pointer and origin.
     pub fn effective_json(&self) -> Value {
-        let show = Show::of(self).walked();
-        let values: Vec<Value> = show
-            .lines
-            .into_iter()
-            .filter_map(|line| Some(json!({ "pointer": line.pointer, "value": line.value?, "origin": line.origin? })))
-            .collect();
+        let values = Show::of(self).walked(self).values();
         json!({ "namespace": self.namespace.as_ref().map(crate::record::Namespace::as_str), "file": **self.text.name(), "values": values })
     }
 
     /// What came from walflow.yaml, with its origin, in the order of the file.
     pub fn inherited(&self) -> Vec<String> {
-        let show = Show::of(self).walked();
+        let show = Show::of(self).walked(self);
         let taken = show.lines.into_iter().filter_map(|line| {
             let origin = line.origin.filter(|origin| origin.ends_with(')'))?;
             let value = line.value.as_ref().map(written)?;
@@ -76,6 +59,17 @@ impl Loaded {
         });
         taken.collect()
     }
+}
+
+/// The service's own settings, and what its pipelines share, as YAML with origins.
+pub fn service_text(settings: &InForce, shared: Option<&Shared>) -> String {
+    Show::service(settings, shared).text()
+}
+
+/// The same for programs: each value with its pointer and origin.
+pub fn service_json(settings: &InForce, shared: Option<&Shared>) -> Value {
+    let file = shared.map(|shared| &**shared.text.name());
+    json!({ "file": file, "values": Show::service(settings, shared).values() })
 }
 
 /// A value as YAML has it on one line.
@@ -92,14 +86,65 @@ fn is_plain(text: &str) -> bool {
         && !text.contains([':', '#', '{', '[', '\n', ','])
 }
 
-impl<'a> Show<'a> {
-    fn of(loaded: &'a Loaded) -> Self {
+impl Show {
+    fn of(loaded: &Loaded) -> Self {
         let shared = loaded.text.behind().and_then(|text| tree::read(text).ok()).map(|(root, _)| root);
-        Self { loaded, shared, lines: Vec::new() }
+        Self { text: loaded.text.clone(), shared, lines: Vec::new() }
     }
 
-    fn walked(mut self) -> Self {
-        let loaded = self.loaded;
+    fn service(settings: &InForce, shared: Option<&Shared>) -> Self {
+        let mut lines = Vec::new();
+        for held in &settings.held {
+            let (head, pointer) = (format!("{}:", held.key), child("", &held.key));
+            let origin = Some(held.origin.to_string());
+            let Value::Array(items) = &held.value else {
+                lines.push(Line { depth: 0, head, value: Some(held.value.clone()), pointer, origin });
+                continue;
+            };
+            lines.push(Line { depth: 0, head, value: None, pointer: pointer.clone(), origin: None });
+            lines.extend(items.iter().enumerate().map(|(index, item)| Line {
+                depth: 1,
+                head: "- ".to_owned(),
+                value: Some(item.clone()),
+                pointer: child(&pointer, &index.to_string()),
+                origin: origin.clone(),
+            }));
+        }
+        let text = shared.map_or_else(|| Text::new("", ""), |shared| shared.text.clone());
+        let mut show = Self { text, shared: None, lines };
+        if let Some(Content::Map(entries)) = shared.and_then(|shared| shared.root.as_ref()).map(|root| &root.content) {
+            let parts = entries.iter().filter(|entry| KEYS.contains(&entry.key.as_str())).cloned().collect();
+            show.node(&Node { content: Content::Map(parts), range: 0..0 }, None, "", 0);
+        }
+        show
+    }
+
+    fn text(&self) -> String {
+        let texts: Vec<(String, Option<&str>)> = self
+            .lines
+            .iter()
+            .map(|line| {
+                let value = line.value.as_ref().map(written).unwrap_or_default();
+                let space = if value.is_empty() || line.head.ends_with("- ") { "" } else { " " };
+                (format!("{}{}{space}{value}", "  ".repeat(line.depth), line.head), line.origin.as_deref())
+            })
+            .collect();
+        let width = texts.iter().filter(|(_, origin)| origin.is_some()).map(|(text, _)| text.chars().count());
+        let width = width.filter(|width| *width <= 72).max().unwrap_or(0);
+        texts.iter().fold(String::new(), |out, (text, origin)| match origin {
+            Some(origin) => format!("{out}{text:width$}  # {origin}\n"),
+            None => format!("{out}{text}\n"),
+        })
+    }
+
+    fn values(self) -> Vec<Value> {
+        let lines = self.lines.into_iter();
+        lines
+            .filter_map(|line| Some(json!({ "pointer": line.pointer, "value": line.value?, "origin": line.origin? })))
+            .collect()
+    }
+
+    fn walked(mut self, loaded: &Loaded) -> Self {
         let whole = loaded.spec.as_ref().and_then(|spec| serde_json::to_value(spec).ok());
         if let Some(root) = &loaded.root {
             self.node(root, whole.as_ref(), "", 0);
@@ -108,9 +153,9 @@ impl<'a> Show<'a> {
     }
 
     fn origin(&self, at: usize) -> String {
-        let (text, range) = self.loaded.text.part(at..at);
+        let (text, range) = self.text.part(at..at);
         let place = format!("{}:{}", text.name(), text.line_of(range.start));
-        if at < self.loaded.text.beyond() {
+        if at < self.text.beyond() {
             return place;
         }
         let holder = |map: Option<&Node>| match map.map(|map| &map.content) {

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::harness::{Place, Receiver, until, until_status};
 use crate::reload::reload;
 
-fn write_config(place: &Place, text: &str) {
+pub(crate) fn write_config(place: &Place, text: &str) {
     let next = place.path("walflow.next");
     std::fs::write(&next, text).unwrap();
     std::fs::rename(next, place.path("walflow.yaml")).unwrap();

@@ -99,6 +99,9 @@ fn the_pipeline_files_of_the_readme_and_every_example_are_valid() {
         .pipeline("invoices.yaml", invoices)
         .pipeline("hop.yaml", hop)
         .environment("REDIS_PASSWORD", "x");
+    let keys = place.path("keys");
+    fs::write(&keys, "first,second\n").unwrap();
+    let shared = shared.replace("/run/secrets/walflow-keys", &keys.display().to_string());
     fs::write(place.path("walflow.yaml"), shared).unwrap();
     let output = place.command(&["run", "--dry-run", "pipelines"]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

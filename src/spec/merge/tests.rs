@@ -149,6 +149,20 @@ fn what_a_pipeline_does_not_use_is_not_kept_with_it() {
 }
 
 #[test]
+fn the_services_own_settings_are_not_kept_with_a_pipeline() {
+    for yaml in [
+        "api_keys: [CANARY]\nconnections:\n  main: { redis: { url: redis://m/1 } }\n",
+        // The anchor stands in a part that would not be kept.
+        "api_keys:\n  - CANARY\nconnections:\n  other: { redis: &one { url: redis://m/1 } }\n  main: { redis: *one }\n",
+    ] {
+        let file = loaded("namespace: a\nsink: { redis: { use: main } }\n", &shared(yaml));
+        assert_eq!(file.value["sink"]["redis"]["url"], "redis://m/1");
+        let kept = file.text.behind().unwrap().as_str();
+        assert!(!kept.contains("CANARY") && kept.contains("redis://m/1"), "{kept}");
+    }
+}
+
+#[test]
 fn connections_cannot_make_a_small_file_a_large_one() {
     let list = "x, ".repeat(3000);
     let shared = shared(&format!("connections: {{ big: {{ kafka: {{ brokers: [{list}] }} }} }}\n"));
