@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde::Serialize;
 
 use crate::delay::Delay;
 use crate::record::{Namespace, TargetKind};
@@ -83,7 +84,7 @@ pub struct SourcePlan {
 }
 
 /// The kinds of source.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub enum SourceKind {
     /// The log inside walflow.
     Embedded,
@@ -105,7 +106,7 @@ impl SourceKind {
 }
 
 /// The kinds of shelf.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub enum ShelfKind {
     /// The log's own.
     Own,

@@ -62,6 +62,8 @@ pub(super) struct Found {
     pub namespace: Namespace,
     /// Its plan, or the first error.
     pub plan: Result<Arc<Plan>, Arc<Diagnostic>>,
+    /// Where its source stands, for whoever has to refuse it.
+    pub source: Option<Diagnostic>,
 }
 
 impl Files {
@@ -96,6 +98,7 @@ impl Files {
         };
         let mut reading = Reading { problems: load.diagnostics, other_settings, no_files, ..Reading::default() };
         let mut by_name: BTreeMap<Namespace, Result<Arc<Plan>, Arc<Diagnostic>>> = BTreeMap::new();
+        let mut sources: BTreeMap<Namespace, Diagnostic> = BTreeMap::new();
         for loaded in &load.files {
             let made = make(loaded, &self.environment, &self.compiler);
             let plan = match (made.plan, made.diagnostics.iter().find(|problem| problem.is_error())) {
@@ -113,6 +116,7 @@ impl Files {
                 }
                 // Of two files for one namespace neither counts, so a fault is kept.
                 (Some(name), plan) => {
+                    sources.insert(name.clone(), loaded.diagnostic(Code::NeedsRestart, "/source", true, ""));
                     let earlier = by_name.remove(&name);
                     let plan = earlier.filter(Result::is_err).unwrap_or(plan);
                     by_name.insert(name, plan);
@@ -130,7 +134,9 @@ impl Files {
                 .find(|problem| problem.namespace.is_none() && problem.is_error() && problem.code != Code::NoFiles)
                 .map(|problem| Arc::new(problem.clone()));
         }
-        reading.found = by_name.into_iter().map(|(namespace, plan)| Found { namespace, plan }).collect();
+        let found = by_name.into_iter();
+        reading.found =
+            found.map(|(namespace, plan)| Found { source: sources.remove(&namespace), namespace, plan }).collect();
         reading
     }
 

@@ -8,11 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use sha2::{Digest as _, Sha256};
 
 use super::ServiceError;
 use super::moving::is_left_behind;
 use crate::clock::Clock;
-use crate::pipeline::plan::{Plan, ShelfKind, SourceKind};
+use crate::pipeline::plan::{Plan, ShelfKind, SourceKind, SourcePlan};
 use crate::record::Namespace;
 use crate::source::embedded::{Counters, Embedded, EmbeddedNamespace, NamespaceSettings, OpenError, Options};
 use crate::source::foreign::open::Context;
@@ -36,7 +37,31 @@ pub(super) struct Logs {
 /// A pair that others keep, and the settings that it was opened with.
 struct OnBroker {
     pair: Foreign,
-    settings: String,
+    settings: Address,
+}
+
+/// What a file says of its log and its shelf, to be compared.
+#[derive(Clone, PartialEq, Eq)]
+struct Address {
+    shown: String,
+    /// Of all of it, secrets too.
+    digest: [u8; 32],
+}
+
+impl Address {
+    fn of(source: &SourcePlan) -> Self {
+        let whole = serde_json::to_vec(&(&source.kind, &source.shelf)).unwrap_or_default();
+        Self { shown: format!("{:?} {:?}", source.kind, source.shelf), digest: Sha256::digest(whole).into() }
+    }
+
+    /// Why a namespace that runs on this one cannot take the other.
+    fn refuses(&self, other: &Self) -> Option<&'static str> {
+        match (self == other, self.shown == other.shown) {
+            (true, _) => None,
+            (_, true) => Some(OTHER_LOGIN),
+            _ => Some(OTHER_LOG),
+        }
+    }
 }
 
 /// One namespace's pair.
@@ -59,6 +84,8 @@ fn settings(plan: &Plan) -> NamespaceSettings {
     }
 }
 
+const OTHER_LOGIN: &str = "the login, or another part of the address, of the source or the shelf has changed, and a namespace that runs keeps \
+                           the one that it was started with: restart walflow to use the new one";
 const OTHER_LOG: &str = "the source and the shelf of a namespace that runs cannot be changed: restart walflow for another address of the same \
                          log, or use `walflow namespace move` for another log";
 
@@ -145,12 +172,16 @@ impl Logs {
         if !moving && let Some(left) = self.embedded.held(name)? {
             self.leave_behind(name, &left).await?;
         }
-        let settings = format!("{:?} {:?}", source.kind, source.shelf);
-        if let Some(known) = self.foreign.lock().get(name) {
-            if known.settings != settings {
-                return Err(LogError::Unsupported(OTHER_LOG));
+        let settings = Address::of(source);
+        let known = self.foreign.lock().get(name).map(|known| (known.pair.clone(), known.settings == settings));
+        match known {
+            Some((pair, true)) => return Ok(both(&pair)),
+            // Nothing runs on it, or [`Self::same_log`] would have refused: with these settings it never came so far.
+            Some((pair, false)) => {
+                self.foreign.lock().remove(name);
+                pair.close().await;
             }
-            return Ok(both(&known.pair));
+            None => {}
         }
         let number = shared_number(name);
         let context = Context {
@@ -192,13 +223,8 @@ impl Logs {
     }
 
     /// Refuses a plan that would have a namespace that runs change its log.
-    pub(super) fn same_log(name: &Namespace, now: &Plan, next: &Plan) -> Result<(), LogError> {
-        let of = |plan: &Plan| format!("{:?} {:?}", plan.source.kind, plan.source.shelf);
-        if of(now) == of(next) {
-            return Ok(());
-        }
-        tracing::warn!(ns = %name, "its file names another log than the one it runs on");
-        Err(LogError::Unsupported(OTHER_LOG))
+    pub(super) fn same_log(now: &Plan, next: &Plan) -> Result<(), &'static str> {
+        Address::of(&now.source).refuses(&Address::of(&next.source)).map_or(Ok(()), Err)
     }
 
     /// The namespace on the embedded log, if that holds it.
@@ -273,4 +299,65 @@ impl Logs {
 
 fn both(pair: &Foreign) -> Opened {
     Opened { log: Arc::new(pair.clone()), shelf: Arc::new(pair.clone()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::make;
+    use crate::spec::environment::Environment;
+    use crate::spec::text::Text;
+    use crate::spec::{Neighbours, load_text};
+    use crate::transform::Compiler;
+
+    fn plan(source: &str) -> Plan {
+        let text = Text::new("a.yaml", &format!("namespace: a\nsource: {{ {source} }}\nsink: {{ stdout: {{}} }}\n"));
+        let environment = Environment::default();
+        let loaded = load_text(text, Neighbours::kept(BTreeMap::new()), &environment);
+        let made = make(&loaded, &environment, &Compiler::new(Clock::system(), BTreeMap::new()));
+        made.plan.unwrap_or_else(|| panic!("{source}: {:?}", made.diagnostics))
+    }
+
+    #[tokio::test]
+    async fn what_never_ran_takes_another_login() {
+        let folder = tempfile::tempdir().unwrap();
+        let logs = Logs::open(folder.path(), Clock::system(), false).await.unwrap();
+        let kafka = |password: &str| {
+            let sasl = format!("{{ mechanism: plain, username: u, password: {password} }}");
+            plan(&format!("kafka: {{ brokers: '127.0.0.1:1', topic: t, sasl: {sasl} }}"))
+        };
+        let (name, first, second) = ("a".parse().unwrap(), kafka("one"), kafka("two"));
+        let digest = || logs.foreign.lock().get(&name).map(|known| known.settings.clone());
+        logs.namespace(&name, Some(&first)).await.unwrap();
+        assert!(digest().unwrap() == Address::of(&first.source));
+        logs.namespace(&name, Some(&second)).await.unwrap();
+        assert!(digest().unwrap() == Address::of(&second.source));
+        logs.close().await;
+    }
+
+    #[test]
+    fn another_login_is_refused_on_every_log_and_shelf() {
+        let kafka =
+            "kafka: { brokers: 'k:9092', topic: t, tls: true, sasl: { mechanism: plain, username: u, password: P } }";
+        let sqs = "sqs: { queue: q, region: r, access_key_id: i, secret_access_key: P }";
+        for source in [
+            kafka,
+            sqs,
+            "redis: { url: 'redis://u:P@r/1' }",
+            "redis: { sentinel: { urls: ['redis://s:1'], master: m, password: P } }",
+            &format!("{sqs}, shelf: {{ redis: {{ url: 'redis://:P@r' }} }}"),
+            &format!("{sqs}, shelf: {{ postgres: {{ url: 'postgres://u:P@p/d' }} }}"),
+        ] {
+            let (now, same, next) = (plan(source), plan(source), plan(&source.replacen(['P'], "canary", 1)));
+            assert!(Logs::same_log(&now, &same).is_ok(), "{source}");
+            let refused = Logs::same_log(&now, &next).expect_err(source);
+            assert!(refused.starts_with("the login") && refused.contains("restart walflow"), "{source}: {refused}");
+        }
+        let other = Logs::same_log(&plan("redis: { url: 'redis://r/1' }"), &plan("memory: {}")).unwrap_err();
+        assert!(other.contains("namespace move"), "{other}");
+        assert!(
+            Logs::same_log(&plan("redis: { url: 'redis://r/1' }"), &plan("redis: { url: 'redis://r/2' }")).is_err()
+        );
+        assert!(Logs::same_log(&plan("backlog: { age: 1d }"), &plan("backlog: { age: 2d }")).is_ok());
+    }
 }

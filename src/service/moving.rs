@@ -23,6 +23,7 @@ use crate::record::Namespace;
 use crate::source::embedded::EmbeddedNamespace;
 use crate::source::foreign::Foreign;
 use crate::source::{BranchName, DeadQuery, LogError, ParkedQuery, Start};
+use crate::spec::code::Code;
 
 /// Rows copied at once.
 const PAGE: usize = 500;
@@ -49,7 +50,13 @@ impl Pipelines {
         let name: Namespace = name.parse().map_err(|_| unknown())?;
         let _applying = self.applying.lock().await;
         let pipeline = self.get(&name).ok_or_else(unknown)?;
-        if !matches!(pipeline.config(), Config::Current) {
+        // A file that already names the other log is why one moves.
+        let usable = match pipeline.config() {
+            Config::Current => true,
+            Config::Stale(problem) => problem.code == Code::NeedsRestart,
+            Config::Deleted => false,
+        };
+        if !usable {
             return Err(MoveError::Refused("its file is broken or gone: put it right and reload first".to_owned()));
         }
         let now = pipeline.plan();
@@ -78,7 +85,7 @@ impl Pipelines {
             }
         };
         // The file is switched: from here on there is no way back. Writes hear 503 until the new log is open.
-        let found = Found { namespace: name.clone(), plan: Ok(Arc::clone(&plan)) };
+        let found = Found { namespace: name.clone(), plan: Ok(Arc::clone(&plan)), source: None };
         if let Err(error) = self.begin(name.clone(), Some(plan), Config::Current).await {
             warn!(ns = %name, %error, "moved, but the new log is not open yet; it is tried again");
             tokio::spawn(Arc::clone(self).settle_change(name.clone(), Some(found)));

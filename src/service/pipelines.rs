@@ -22,6 +22,7 @@ use crate::console::DeleteError;
 use crate::pipeline::plan::Plan;
 use crate::record::Namespace;
 use crate::source::{Epoch, LogError};
+use crate::spec::code::Code;
 use crate::spec::diagnostic::Diagnostic;
 
 /// How many namespaces are changed at once; together they share syncs of the log.
@@ -111,8 +112,11 @@ impl Pipelines {
         *self.elsewhere.write() = reading.elsewhere;
         for name in known.into_iter().filter(|name| names.insert(name.clone())) {
             // A file of which nobody can say whose it is may be this one's: then it is broken, not gone.
-            let found =
-                nameless.as_ref().map(|problem| Found { namespace: name.clone(), plan: Err(Arc::clone(problem)) });
+            let found = nameless.as_ref().map(|problem| Found {
+                namespace: name.clone(),
+                plan: Err(Arc::clone(problem)),
+                source: None,
+            });
             work.push((name, found));
         }
         self.absent.write().retain(|name, _| names.contains(name));
@@ -159,7 +163,9 @@ impl Pipelines {
                 Ok(Err(error)) => (error.to_string(), matches!(error, LogError::Storage { .. })),
                 Err(panic) => (format!("it fell over: {panic}"), false),
             };
-            error!(ns = %name, error = failed, again_in = ?again.then_some(wait), "the namespace could not be changed");
+            let place = found.as_ref().and_then(|found| found.source.as_ref());
+            let (file, line) = (place.map(|place| &*place.file), place.map(|place| place.line));
+            error!(ns = %name, file, line, error = failed, again_in = ?again.then_some(wait), "the namespace could not be changed");
             if !self.set.read().contains_key(&name) {
                 self.absent.write().insert(name.clone(), Absent::Failed(failed.into()));
             }
@@ -189,6 +195,7 @@ impl Pipelines {
     async fn change(&self, name: Namespace, found: Option<Found>) -> Result<(), LogError> {
         // What has moved away is replaced by what runs on the new log.
         let running = self.get(&name).filter(|pipeline| !pipeline.is_moving());
+        let source = found.as_ref().and_then(|found| found.source.clone());
         let (plan, config) = match (found.map(|found| found.plan), &running) {
             (Some(Ok(plan)), _) => (Some(plan), Config::Current),
             (Some(Err(problem)), _) => (None, Config::Stale(problem)),
@@ -196,7 +203,14 @@ impl Pipelines {
         };
         match (running, plan) {
             (Some(pipeline), Some(plan)) => {
-                Logs::same_log(&name, &pipeline.plan(), &plan)?;
+                if let Err(why) = Logs::same_log(&pipeline.plan(), &plan) {
+                    let source = source.unwrap_or_else(|| Diagnostic::of_file(Code::NeedsRestart, "", ""));
+                    let problem = Diagnostic { message: why.to_owned(), ..source };
+                    let (code, file, line) = (problem.code.as_str(), &*problem.file, problem.line);
+                    error!(ns = %name, code, file, line, "{why}");
+                    pipeline.set_config(Config::Stale(Arc::new(problem)));
+                    return Ok(());
+                }
                 if !plan.source.kind.is_foreign() {
                     // The log takes the bounds of the new plan.
                     self.logs.namespace(&name, Some(&plan)).await?;

@@ -116,6 +116,8 @@ codes! {
         "A template, address or option of the sink was checked without touching the network and cannot work as written. The message says why."
     SourceSetting "WF0602" "a source's or shelf's setting does not work."
         "An address, name or option of the source or of its shelf was checked without touching the network and cannot work as written. The message says why."
+    NeedsRestart "WF0603" "a namespace that runs cannot take another log, shelf or login."
+        "A namespace keeps the log and the shelf that it was started with, and the connections to them: with another address, login or option of its source or shelf the file is not in force, and the last good one goes on. Restart walflow to use it. To go to another log with all that waits, put the file back and use `walflow namespace move`."
 }
 
 /// The text is no code of walflow's.

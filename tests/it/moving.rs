@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Place, Receiver, Running, until, until_status};
 use crate::kafka::unique;
+use crate::reload::reload;
 
 fn postgres() -> String {
     std::env::var("WALFLOW_TEST_POSTGRES").expect("WALFLOW_TEST_POSTGRES names a server: run tests/run")
@@ -51,6 +52,28 @@ async fn from_the_embedded_log_to_kafka_with_a_shelf_in_postgres() {
 async fn from_the_embedded_log_to_redis_streams() {
     let url = std::env::var("WALFLOW_TEST_REDIS").expect("WALFLOW_TEST_REDIS names a server: run tests/run");
     moves_under_way(&unique("move"), &format!(", redis: {{ url: \"{url}\" }}")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs Redis: run tests/run"]
+async fn a_file_that_was_edited_first_is_not_in_force_until_it_is_moved() {
+    let url = std::env::var("WALFLOW_TEST_REDIS").expect("WALFLOW_TEST_REDIS names a server: run tests/run");
+    let (namespace, receiver) = (unique("edited"), Receiver::start().await);
+    let place = Place::new().pipeline("a.yaml", &file(&namespace, "", &receiver));
+    let running = place.start().await;
+    running.accepted(&namespace, None, json!({"n": 0, "key": "k"})).await;
+    place.put("a.yaml", &file(&namespace, &format!(", redis: {{ url: \"{url}\" }}"), &receiver));
+    reload(&running, 1).await;
+    let config = running.status(&namespace).await["config"].clone();
+    assert_eq!((&config["state"], &config["problem"]["code"]), (&json!("stale"), &json!("WF0603")), "{config}");
+    running.accepted(&namespace, None, json!({"n": 1, "key": "k"})).await;
+    let (code, _, told) = running.cli(&place, &["namespace", "move", &namespace, "--to", "pipelines/a.yaml"]);
+    assert_eq!(code, 0, "{told}");
+    running.accepted(&namespace, None, json!({"n": 2, "key": "k"})).await;
+    until("all of it", || (receiver.count() == 3).then_some(())).await;
+    let numbers: Vec<_> = receiver.accepted().iter().map(|received| payload(received)["n"].clone()).collect();
+    assert_eq!(numbers, [0, 1, 2]);
+    assert_eq!(running.status(&namespace).await["config"]["state"], "current");
 }
 
 /// Writers go on while a namespace with something of everything moves to another log.

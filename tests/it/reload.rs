@@ -297,6 +297,15 @@ async fn the_bounds_of_the_source_follow_the_file() {
     // The log itself is not the file's to change while it runs.
     place.put("p.yaml", "namespace: bounds\nsource: { memory: {} }\nsink: { stdout: {} }\n");
     reload(&running, 3).await;
-    assert!(running.log().contains("its file names another log than the one it runs on"), "{}", running.log());
+    let status = running.status("bounds").await;
+    assert_eq!(status["config"]["state"], "stale", "{status}");
+    let problem = status.to_string();
+    assert!(
+        problem.contains("WF0603") && problem.contains("p.yaml") && problem.contains("namespace move"),
+        "{problem}"
+    );
     assert_eq!(running.write(&json!({"namespace": "bounds", "payload": 1})).await.unwrap().0, 202);
+    place.put("p.yaml", &file("4KiB"));
+    reload(&running, 4).await;
+    assert_eq!(running.status("bounds").await["config"]["state"], "current");
 }
