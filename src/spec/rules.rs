@@ -14,7 +14,7 @@ use super::diagnostic::Diagnostic;
 use super::expand::child;
 use super::grammar::{SOURCE_KINDS, STAGE_KINDS};
 use super::load::Loaded;
-use super::{PipelineSpec, StageSpec};
+use super::{OnFull, PipelineSpec, SourceSpec, StageSpec};
 use crate::units::ByteSize;
 
 /// Problems that are told; a file that has more is no pipeline file.
@@ -46,6 +46,7 @@ pub(super) fn within(file: &mut Loaded) {
     let mut rules = Rules { file, spec: &spec, found: Vec::new() };
     rules.names();
     rules.source();
+    rules.bounds_of_others();
     rules.delay();
     rules.stages("/transform", &spec.transform);
     rules.sink();
@@ -191,6 +192,44 @@ impl Rules<'_> {
                 "with a window of 0s no key is remembered",
                 "the default window is 24h",
             );
+        }
+    }
+
+    /// What others keep is bounded by them. A default for all pipelines means those where it holds.
+    fn bounds_of_others(&mut self) {
+        let source = &self.spec.source;
+        let mut idle = Vec::new();
+        match source {
+            SourceSpec { kafka: Some(_), .. } => idle.push((
+                "/source/backlog",
+                "a topic keeps what its own settings say: this bounds nothing",
+                "take it out; the bound is retention.ms",
+            )),
+            SourceSpec { sqs: Some(_), .. } => idle.push((
+                "/source/backlog",
+                "a queue keeps what its own settings say: this bounds nothing",
+                "take it out; the bound is MessageRetentionPeriod",
+            )),
+            SourceSpec { redis: Some(_), .. } => {
+                idle.push((
+                    "/source/backlog/age",
+                    "streams in Redis are bounded by size, not by age",
+                    "take it out; the bound is backlog.size",
+                ));
+                if source.backlog.on_full == OnFull::Drop {
+                    let message = "streams in Redis drop nothing: at the bound new writes hear 503";
+                    idle.push(("/source/backlog/on_full", message, "take it out"));
+                }
+            }
+            _ => return,
+        }
+        let message = "keys are kept there for their time, however many they are";
+        idle.push(("/source/idempotency/max", message, "take it out; the bound is idempotency.window"));
+        for (pointer, message, help) in idle {
+            let own = self.file.range(pointer, true).start < self.file.text.beyond();
+            if own && self.written(pointer).is_some_and(|value| !value.is_null()) {
+                self.warning(Code::NoEffect, pointer, message, help);
+            }
         }
     }
 

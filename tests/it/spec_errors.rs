@@ -269,6 +269,44 @@ sink:
             ("kind.yaml", "namespace: kind\nsource: { kafka: { use: main, topic: t } }\nsink: { stdout: {} }\n"),
         ],
     ),
+    (
+        "settings of the service",
+        &[("PORT_NUMBER", "http")],
+        &[
+            (
+                "walflow.yaml",
+                "lisen: 0.0.0.0:3000\nlisten: localhost\nport: ${PORT_NUMBER}\nshutdown-timeout: 5s\nshutdown_timeout: soon\npaths: { a: 1 }\nstrict: \"yes\"\ndata: ${DATA_FOLDER}\nlog_format: jsn\nlog_level: debgu\nretry: {}\nsink: { stdout: {} }\napi_keys:\n  - [CANARY]\n",
+            ),
+            ("fine.yaml", "namespace: fine\nsink: { stdout: {} }\n"),
+        ],
+    ),
+    (
+        "bounds of what others keep",
+        &[],
+        &[
+            ("walflow.yaml", "defaults:\n  source: { backlog: { size: 1GiB } }\n"),
+            (
+                "kafka.yaml",
+                "namespace: kafka\nsource: { kafka: { brokers: 'k:9092', topic: t }, backlog: { size: 2GiB } }\nsink: { stdout: {} }\n",
+            ),
+            (
+                "queue.yaml",
+                "namespace: queue\nsource:\n  sqs: { queue: q, region: eu-west-1 }\n  backlog: { age: 1d }\nsink: { stdout: {} }\n",
+            ),
+            (
+                "quiet.yaml",
+                "namespace: quiet\nsource: { kafka: { brokers: 'k:9092', topic: t } }\nsink: { stdout: {} }\n",
+            ),
+            (
+                "streams.yaml",
+                "namespace: streams\nsource: { redis: { url: redis://r/1 }, backlog: { size: 1GiB, age: 1d } }\nsink: { stdout: {} }\n",
+            ),
+            (
+                "drops.yaml",
+                "namespace: drops\nsource: { redis: { url: redis://r/1 }, backlog: { on_full: drop, age: 1d }, idempotency: { max: 5 } }\nsink: { stdout: {} }\n",
+            ),
+        ],
+    ),
     ("a connection without walflow.yaml", &[], &[("alone.yaml", "namespace: alone\nsink: { redis: { use: main } }\n")]),
 ];
 
@@ -315,8 +353,8 @@ fn every_code_is_seen_at_least_once() {
         .flat_map(|(_, environment, files)| run(environment, files).0.diagnostics)
         .map(|found| found.code)
         .collect();
-    // Those that need a file which cannot stand in a list of texts are seen by the unit tests of `spec::load`.
-    let elsewhere = [Code::Unreadable, Code::TooLarge, Code::NotUtf8, Code::NoFiles];
+    // Those that need a file which cannot stand in a list of texts are seen by the unit tests of `spec::load`, and that of a reload by `reload`.
+    let elsewhere = [Code::Unreadable, Code::TooLarge, Code::NotUtf8, Code::NoFiles, Code::NeedsRestart];
     let missing: Vec<&Code> =
         Code::ALL.iter().filter(|code| !seen.contains(code) && !elsewhere.contains(code)).collect();
     assert!(missing.is_empty(), "{missing:?}");

@@ -33,10 +33,8 @@ pub(super) fn source(plan: &Plan) -> Vec<Fact> {
     facts.push(fact("key", key));
     let keys = &source.idempotency;
     let from = keys.from.as_ref().map_or(String::new(), |pointer| format!(", else {pointer} of the payload"));
-    facts.push(fact(
-        "idempotency",
-        format!("keys of the last {}, {} at most; the request's{from}", keys.window, keys.max),
-    ));
+    let most = if source.kind.is_foreign() { String::new() } else { format!(", {} at most", keys.max) };
+    facts.push(fact("idempotency", format!("keys of the last {}{most}; the request's{from}", keys.window)));
     let limits = &source.limits;
     let rate = limits.rate.map_or(String::new(), |rate| format!(", {rate}"));
     let in_flight = limits.in_flight;
