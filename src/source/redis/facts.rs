@@ -51,14 +51,18 @@ impl Settings {
             (Some(true), other) => {
                 let (major, minor) = self.version;
                 weak.push(format!(
-                    "appendfsync is {} and version {major}.{minor} has no WAITAOF: set `appendfsync always`, or use Redis 7.2 or \
-                     Valkey",
+                    "appendfsync is {}, so it confirms before its disk has it, and version {major}.{minor} has no WAITAOF: run \
+                     `redis-cli config set appendfsync always` and `redis-cli config rewrite`, or use Redis 7.2 or Valkey",
                     other.unwrap_or("unknown")
                 ));
                 "appendonly".to_owned()
             }
             (Some(false), _) => {
-                weak.push("appendonly is off: set `appendonly yes` and `appendfsync always`".to_owned());
+                weak.push(
+                    "appendonly is off, so it keeps nothing: run `redis-cli config set appendonly yes`, `redis-cli config set \
+                     appendfsync always` and `redis-cli config rewrite`"
+                        .to_owned(),
+                );
                 "in memory".to_owned()
             }
             (None, _) => {
@@ -68,8 +72,10 @@ impl Settings {
         };
         match self.policy.as_deref() {
             Some("noeviction") => {}
-            Some(policy) => weak
-                .push(format!("maxmemory-policy is {policy}, which drops keys when memory is short: set noeviction")),
+            Some(policy) => weak.push(format!(
+                "maxmemory-policy is {policy}, which drops keys when memory is short: run `redis-cli config set \
+                     maxmemory-policy noeviction` and `redis-cli config rewrite`"
+            )),
             None => weak.push("it does not say its maxmemory-policy: allow CONFIG GET or INFO".to_owned()),
         }
         let weak = (!weak.is_empty()).then(|| weak.join("; "));
@@ -128,9 +134,12 @@ mod tests {
         for (facts, told) in [
             (
                 judged((7, 0), Some(true), "everysec", "noeviction"),
-                "appendfsync is everysec and version 7.0 has no WAITAOF",
+                "appendfsync is everysec, so it confirms before its disk has it, and version 7.0 has no WAITAOF: run `redis-cli",
             ),
-            (judged((7, 2), Some(false), "always", "noeviction"), "appendonly is off"),
+            (
+                judged((7, 2), Some(false), "always", "noeviction"),
+                "appendonly is off, so it keeps nothing: run `redis-cli",
+            ),
             (judged((7, 2), None, "always", "noeviction"), "does not say whether appendonly"),
             (judged((7, 0), Some(true), "always", "allkeys-lru"), "maxmemory-policy is allkeys-lru"),
         ] {

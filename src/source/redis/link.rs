@@ -224,7 +224,8 @@ impl Link {
             let facts = settings.judge();
             if let Some(weak) = facts.weak.as_ref().filter(|_| self.strict) {
                 return Err(format!(
-                    "what it answers may be lost, and durability is strict: {weak} (or say `durability: weak`)"
+                    "it may lose what it has confirmed, and walflow would promise the opposite: {weak}; or say `durability: \
+                     weak` below `redis:`, and what is acknowledged is as safe as this server keeps it, no more"
                 ));
             }
             Ok((connection, facts))
