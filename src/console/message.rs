@@ -47,21 +47,20 @@ struct BranchFate {
     params(("id" = String, Path, description = "The `messageId` of its answer")),
     responses(
         (status = 200, description = "Where it is", body = Message),
+        (status = 501, description = "`unsupported`: too much came after it in a broker's log to be searched"),
         (status = 404, description = "`no_message`: it never was accepted, or ended longer ago than is kept"),
     ))]
 pub(super) async fn find(instance: &dyn Instance, id: &str) -> Answer {
     let id = request::id(id)?;
     for view in instance.views() {
-        if !view.log.caps().look_up {
-            continue;
-        }
         if let Some(found) = view.log.find(id).await? {
             return Ok(reply::json(StatusCode::OK, &message(id, &view, found)));
         }
     }
     Err(Problem::not_found(
         "no_message",
-        "no log knows this id: it never was accepted, or it ended longer ago than is kept",
+        "no log knows this id: it never was accepted, or it ended longer ago than is kept (30 s on Redis Streams); of what \
+         went to an SQS queue only what waits or is dead is found",
     ))
 }
 

@@ -2,6 +2,7 @@
 //!
 //! A new kind is one more [`Kind`] and one more line at the end of this file. A case never asks which kind it runs on.
 
+mod find;
 mod foreign;
 mod log;
 mod redis;
@@ -298,8 +299,8 @@ macro_rules! everywhere {
     };
 }
 
-/// What only a log that walflow keeps itself can do: places of its own choice, look-up in the log, retention, revisions by
-/// place. A broker's log is trimmed by its owner, and nobody can find a record in it by its id.
+/// What only a log that walflow keeps itself can do: places of its own choice, a look-up that knows what was dropped,
+/// retention, revisions by place. A broker's log is trimmed by its owner.
 macro_rules! at_home {
     ($name:ident, $kind:ty) => {
         suite! {
@@ -327,3 +328,9 @@ everywhere!([ignore = "needs Redis: run tests/run"] redis_streams, redis::OnRedi
 suite! { [ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka_lag, foreign::OnKafka,
     log: lag_tells_how_much_is_left_and_how_old_it_is;
 }
+
+suite! { [cfg(test)] embedded_find, OnDisk, find: a_write_is_found_on_its_way; }
+suite! { [cfg(test)] memory_find, InMemory, find: a_write_is_found_on_its_way; }
+suite! { [ignore = "needs PostgreSQL: run tests/run"] postgres_find, foreign::OnPostgres, find: a_write_is_found_on_its_way; }
+suite! { [ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka_find, foreign::OnKafka, find: a_write_is_found_on_its_way; }
+suite! { [ignore = "needs Redis: run tests/run"] redis_find, redis::OnRedis, find: a_write_is_found_on_its_way; }

@@ -25,9 +25,15 @@ pub struct BrokerCaps {
     pub hold: bool,
     /// How long it can delay a record itself; `None` = not at all.
     pub delay: Option<Duration>,
+    /// It can be asked for one record.
+    pub look_up: bool,
     /// The largest record that it takes, in bytes; `None` = no limit of its own.
     pub largest_record: Option<u64>,
 }
+
+/// Why [`Broker::locate`] does not say where a record is.
+pub const GAVE_UP: &str =
+    "looking for it among all that came after it took too long and was given up: ask the broker's own tools";
 
 /// Records that a broker was handed: what became of each, in their order.
 pub type Handed = BoxFuture<'static, Vec<Result<Position, AdmitError>>>;
@@ -155,6 +161,27 @@ pub trait Broker: Send + Sync {
         place: &str,
         ids: Vec<RecordId>,
     ) -> BoxFuture<'static, Result<HashMap<RecordId, Position>, LogError>>;
+
+    /// Where a record stands, as long as it is kept; only where [`BrokerCaps::look_up`] says so.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached, and [`GAVE_UP`] when too much would have to be read.
+    fn locate(&self, _id: RecordId) -> BoxFuture<'static, Result<Option<(Position, Arc<Record>)>, LogError>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
+    /// Which of these branches have no end yet for the record at `position`, whichever process runs them; only where
+    /// [`BrokerCaps::look_up`] says so.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached.
+    fn unfinished(
+        &self,
+        _position: Position,
+        _branches: Vec<BranchName>,
+    ) -> BoxFuture<'static, Result<Vec<BranchName>, LogError>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 
     /// Keeps dead letters where the namespace has no shelf; done when they are durable.
     ///

@@ -6,6 +6,7 @@
 
 mod admit;
 pub mod broker;
+mod find;
 mod hold;
 mod import;
 pub mod open;
@@ -31,11 +32,11 @@ use self::admit::Ids;
 use self::broker::{Begin, Broker};
 use self::hold::Holding;
 use self::settle::Settler;
-use self::store::{Store, StoredBranch, StoredEpoch, StoredRecord};
+use self::store::{Store, StoredBranch, StoredEpoch};
 use super::{
     AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Epoch,
-    Fate, Found, HoldRule, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement,
-    Shelf, ShelfCounts, Start, Write,
+    Found, HoldRule, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement, Shelf,
+    ShelfCounts, Start, Write,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
@@ -292,7 +293,7 @@ impl Log for Foreign {
             schedule: has_store,
             ordered: broker.ordered,
             exact_keys: self.inner.append_exactly(&[]).is_some(),
-            look_up: false,
+            look_up: broker.look_up,
             durable: broker.durable,
             set_aside: has_store,
             shared: true,
@@ -370,25 +371,7 @@ impl Log for Foreign {
     }
 
     fn find(&self, id: RecordId) -> BoxFuture<'static, Result<Option<Found>, LogError>> {
-        let Some(store) = self.inner.store.as_ref().filter(|_| !self.inner.closed.is_cancelled()) else {
-            return ready(self.inner.still_open().map(|()| None)).boxed();
-        };
-        let finding = store.find(id);
-        let names = self.branches();
-        async move {
-            Ok(finding.await?.map(|stored| match stored {
-                StoredRecord::Parked { record, due_at } => Found::Parked { record, due_at },
-                StoredRecord::Cancelled => Found::Cancelled,
-                StoredRecord::Rows { record, position, branches } => {
-                    // Of the others only the broker knows how far they are.
-                    let others = names.into_iter().filter(|name| branches.iter().all(|(known, _)| known != name));
-                    let unknown = || Fate::Finished { after: None, before: None };
-                    let others: Vec<_> = others.map(|name| (name, unknown())).collect();
-                    Found::InLog { record, position, branches: branches.into_iter().chain(others).collect() }
-                }
-            }))
-        }
-        .boxed()
+        Arc::clone(&self.inner).find(id, self.branches()).boxed()
     }
 
     fn put_epoch(&self, files: Bytes) -> BoxFuture<'static, Result<Epoch, LogError>> {

@@ -102,7 +102,15 @@ impl Subscription for Reader {
 
 impl Broker for MemoryBroker {
     fn caps(&self) -> BrokerCaps {
-        BrokerCaps { ordered: true, durable: true, each_end: false, hold: true, delay: None, largest_record: None }
+        BrokerCaps {
+            ordered: true,
+            durable: true,
+            each_end: false,
+            hold: true,
+            delay: None,
+            look_up: true,
+            largest_record: None,
+        }
     }
 
     fn durable_note(&self) -> String {
@@ -196,6 +204,22 @@ impl Broker for MemoryBroker {
         let kept = self.kept.lock();
         let there = kept.entries.iter().skip(from).filter(|entry| ids.contains(&entry.record.id));
         ready(Ok(there.map(|entry| (entry.record.id, entry.position)).collect())).boxed()
+    }
+
+    fn locate(&self, id: RecordId) -> BoxFuture<'static, Result<Option<(Position, Arc<Record>)>, LogError>> {
+        let kept = self.kept.lock();
+        let found = kept.entries.iter().find(|entry| entry.record.id == id);
+        ready(Ok(found.map(|entry| (entry.position, Arc::clone(&entry.record))))).boxed()
+    }
+
+    fn unfinished(
+        &self,
+        position: Position,
+        branches: Vec<BranchName>,
+    ) -> BoxFuture<'static, Result<Vec<BranchName>, LogError>> {
+        let kept = self.kept.lock();
+        let behind = |branch: &BranchName| kept.cursors.get(branch).is_some_and(|cursor| *cursor < position);
+        ready(Ok(branches.into_iter().filter(behind).collect())).boxed()
     }
 
     fn bury(&self, letters: Vec<DeadLetter>) -> BoxFuture<'static, Result<(), LogError>> {

@@ -104,6 +104,27 @@ return { made, given, pending[2] or '', last_of(KEYS[1]) }
 ",
 );
 
+/// Which of some groups have not finished with an entry. KEYS: stream. ARGV: the entry's number, groups.
+pub(super) static UNFINISHED: Text = Text::new(
+    r"
+local out, at = {}, '0-' .. ARGV[1]
+if redis.call('EXISTS', KEYS[1]) == 0 then return out end
+local given = {}
+for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+  local fields = {}
+  for i = 1, #group, 2 do fields[group[i]] = group[i + 1] end
+  given[fields['name']] = tonumber(string.match(fields['last-delivered-id'], '%-(%d+)$'))
+end
+for i = 2, #ARGV do
+  local last = given[ARGV[i]]
+  if last and (last < tonumber(ARGV[1]) or #redis.call('XPENDING', KEYS[1], ARGV[i], at, at, 1) > 0) then
+    out[#out + 1] = ARGV[i]
+  end
+end
+return out
+",
+);
+
 /// Lets streams go on after what is known to have been there. KEYS: streams. ARGV: for each the newest number that is known.
 /// Gives for each where it ended if that was before, else -1.
 pub(super) static FENCE: Text = Text::new(

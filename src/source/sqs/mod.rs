@@ -233,6 +233,7 @@ impl Broker for Sqs {
             durable: true,
             each_end: true,
             delay: (!self.queue.fifo).then_some(Duration::from_secs(LONGEST_DELAY)),
+            look_up: false,
             largest_record: Some(largest_weight(largest) as u64),
         }
     }
