@@ -34,6 +34,7 @@ mod redis_source;
 mod reload;
 mod secrets;
 mod servers;
+mod sharing;
 mod shutdown;
 mod sink_conformance;
 mod source_faults;
