@@ -6,6 +6,7 @@
 
 mod admit;
 pub mod broker;
+pub(in crate::source) mod budget;
 mod hold;
 mod import;
 pub mod open;
