@@ -4,10 +4,11 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use super::shelf::aside;
-use super::{Kind, append, branch, id_of, in_time, payloads, read, until_counts, write};
+use super::{Kind, append, branch, end, id_of, in_time, payloads, read, until_counts, write};
 use crate::clock::Timestamp;
 use crate::source::{
-    AdmitError, Admitted, DeadQuery, LogError, ParkedQuery, Scheduled, Settlement, ShelfCounts, Start, Write,
+    AdmitError, Admitted, DeadQuery, LogError, ParkedQuery, Scheduled, Settlement, ShelfCounts, Start, StoredPause,
+    Write,
 };
 
 fn refused<T: Debug>(verb: &str, answer: Result<T, LogError>) {
@@ -69,4 +70,26 @@ pub(super) async fn a_delay_is_as_long_as_the_log_itself_can_wait<K: Kind>(kind:
         assert_eq!(payloads(&read(&mut *start.subscription, 1).await), ["late"]);
     }
     assert!(futures::poll!(start.subscription.next(1, usize::MAX)).is_pending(), "of a refused call nothing is there");
+}
+
+pub(super) async fn a_pause_outlives_a_restart_where_it_is_kept_and_is_over_when_it_is_cleared<K: Kind>(kind: K) {
+    let (log, kept) = (kind.log(), kind.log().caps().pause);
+    append(&log, &["0", "1", "2"]).await;
+    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
+    let entries = read(&mut *start.subscription, 3).await;
+    let pause = StoredPause { cause: "operator".into(), note: "by hand".into(), since: kind.clock().now() };
+    let order = |pause| Settlement { pause: Some(pause), ..Settlement::default() };
+    kind.shelf().settle(&branch(), order(Some(pause.clone()))).await.unwrap();
+    // What was under way ends meanwhile.
+    end(&kind.shelf(), &entries[..1]).await;
+    drop((log, start));
+    let kind = kind.reopen().await;
+    let mut start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
+    assert_eq!(start.pause, kept.then_some(pause));
+    assert_eq!(read(&mut *start.subscription, 2).await.len(), 2, "the pause is the branch's, the log gives on");
+    kind.shelf().settle(&branch(), order(None)).await.unwrap();
+    drop(start);
+    let kind = kind.reopen().await;
+    let start = kind.log().open_branch(&branch(), Start::Latest).await.unwrap();
+    assert_eq!(start.pause, None);
 }

@@ -399,7 +399,8 @@ macro_rules! alone {
             $attribute alone, $kind,
             alone:
                 what_needs_a_shelf_is_refused
-                a_delay_is_as_long_as_the_log_itself_can_wait;
+                a_delay_is_as_long_as_the_log_itself_can_wait
+                a_pause_outlives_a_restart_where_it_is_kept_and_is_over_when_it_is_cleared;
         }
     };
 }

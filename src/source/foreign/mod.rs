@@ -222,7 +222,7 @@ impl Inner {
         }
         let stored = match &self.store {
             Some(store) => store.open_branch(&branch, &opened.cursor, &self.instance).await?,
-            None => StoredBranch::default(),
+            None => StoredBranch { pause: opened.pause, ..StoredBranch::default() },
         };
         let mine = |position: Position| opened.parts.as_ref().is_none_or(|parts| parts.contains(&position.part()));
         let mut ended: Vec<_> = stored.ended.into_iter().filter(|row| mine(row.position)).collect();
@@ -296,6 +296,7 @@ impl Log for Foreign {
             look_up: false,
             durable: broker.durable,
             set_aside: has_store,
+            pause: has_store || broker.pause,
             shared: true,
             each_end: broker.each_end,
         }

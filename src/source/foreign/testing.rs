@@ -102,7 +102,15 @@ impl Subscription for Reader {
 
 impl Broker for MemoryBroker {
     fn caps(&self) -> BrokerCaps {
-        BrokerCaps { ordered: true, durable: true, each_end: false, hold: true, delay: None, largest_record: None }
+        BrokerCaps {
+            ordered: true,
+            durable: true,
+            each_end: false,
+            hold: true,
+            pause: false,
+            delay: None,
+            largest_record: None,
+        }
     }
 
     fn durable_note(&self) -> String {
@@ -140,6 +148,7 @@ impl Broker for MemoryBroker {
             cursor: cursor.into(),
             given: None,
             parts: None,
+            pause: None,
             subscription: Box::new(subscription),
             moved: CancellationToken::new(),
         }))

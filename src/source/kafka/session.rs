@@ -3,12 +3,15 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
+use rdkafka::TopicPartitionList;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use super::offsets;
 use crate::clock::Timestamp;
 use crate::record::{Position, Record};
 use crate::source::foreign::budget::Share;
-use crate::source::{Entry, Reach};
+use crate::source::{Entry, LogError, Reach, StoredPause};
 
 pub(super) struct Session {
     pub(super) generation: u64,
@@ -31,7 +34,14 @@ pub(super) struct Session {
     /// The thread has to go back to the frontier.
     pub(super) rewind: bool,
     pub(super) moved: CancellationToken,
+    /// A pause that the group keeps beside its offsets.
+    pub(super) pause: Option<StoredPause>,
+    /// Who waits until that is so.
+    pub(super) told: Vec<Told>,
 }
+
+/// Who waits for a commit.
+pub(super) type Told = oneshot::Sender<Result<(), LogError>>;
 
 impl Session {
     /// One that goes on at `cursor`.
@@ -50,6 +60,8 @@ impl Session {
             resting: BTreeSet::new(),
             rewind: false,
             moved: CancellationToken::new(),
+            pause: None,
+            told: Vec::new(),
         }
     }
 
@@ -107,6 +119,11 @@ impl Session {
         while self.times.front().is_some_and(|(position, _)| self.frontier.covers(*position)) {
             self.times.pop_front();
         }
+    }
+
+    /// What the group is to keep.
+    pub(super) fn progress_in(&self, topic: &str) -> TopicPartitionList {
+        offsets::noted(topic, &self.frontier, &self.parts, self.pause.as_ref())
     }
 
     /// The time of the oldest record that was read and has no end.

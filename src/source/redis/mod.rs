@@ -302,6 +302,7 @@ impl Broker for Streams {
             durable: self.durable,
             each_end: true,
             hold: false,
+            pause: false,
             delay: None,
             largest_record: Some(LARGEST),
         }
