@@ -144,6 +144,9 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
             "shelf",
             format!("none: {delayed} is a 501, a failing key holds what is behind it, dead letters go to the broker"),
         ));
+        if matches!(source.kind, SourceKind::Sqs(_)) {
+            facts.push(fact("a pause", "ends when the process does"));
+        }
         facts.push(fact("a key again", "may be appended twice; the key goes on to the sink"));
     }
     facts

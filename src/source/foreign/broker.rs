@@ -10,7 +10,9 @@ use tokio_util::sync::CancellationToken;
 use super::store::Claimed;
 use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
-use crate::source::{AdmitError, BranchName, DeadLetter, IdempotencyKey, Lag, LogError, Reach, Subscription};
+use crate::source::{
+    AdmitError, BranchName, DeadLetter, IdempotencyKey, Lag, LogError, Reach, StoredPause, Subscription,
+};
 
 /// What a broker can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub struct BrokerCaps {
     pub each_end: bool,
     /// Others may write into it, and a part of it can be held until its next record is due.
     pub hold: bool,
+    /// It keeps a pause of a branch.
+    pub pause: bool,
     /// How long it can delay a record itself; `None` = not at all.
     pub delay: Option<Duration>,
     /// It can be asked for one record.
@@ -72,6 +76,8 @@ pub struct Opened {
     pub given: Option<Reach>,
     /// The parts that are read here; `None` = all that there are.
     pub parts: Option<Vec<u16>>,
+    /// The pause that it keeps.
+    pub pause: Option<StoredPause>,
     /// The reader of those parts.
     pub subscription: Box<dyn Subscription>,
     /// Cancelled when the parts are to be others. The broker waits, with a bound, until the subscription is dropped.
@@ -122,6 +128,15 @@ pub trait Broker: Send + Sync {
     /// A branch has come so far, and `ended` have ended beyond it. Stored soon, and when the subscription is dropped; of
     /// parts that are not held any more nothing is stored.
     fn progress(&self, branch: &BranchName, frontier: &Reach, ended: &[Position]);
+
+    /// Keeps a pause of a branch that is open, or its end, where the namespace has no shelf; only where
+    /// [`BrokerCaps::pause`] says so. Done when it is durable.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached or refuses: nobody can say then what it keeps.
+    fn pause(&self, _branch: &BranchName, _pause: Option<StoredPause>) -> BoxFuture<'static, Result<(), LogError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 
     /// Removes what it keeps of a branch.
     ///

@@ -6,6 +6,7 @@
 
 mod admit;
 pub mod broker;
+pub(in crate::source) mod budget;
 mod find;
 mod hold;
 mod import;
@@ -222,7 +223,7 @@ impl Inner {
         }
         let stored = match &self.store {
             Some(store) => store.open_branch(&branch, &opened.cursor, &self.instance).await?,
-            None => StoredBranch::default(),
+            None => StoredBranch { pause: opened.pause, ..StoredBranch::default() },
         };
         let mine = |position: Position| opened.parts.as_ref().is_none_or(|parts| parts.contains(&position.part()));
         let mut ended: Vec<_> = stored.ended.into_iter().filter(|row| mine(row.position)).collect();
@@ -296,6 +297,7 @@ impl Log for Foreign {
             look_up: broker.look_up,
             durable: broker.durable,
             set_aside: has_store,
+            pause: has_store || broker.pause,
             shared: true,
             each_end: broker.each_end,
         }

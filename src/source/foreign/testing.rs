@@ -107,6 +107,7 @@ impl Broker for MemoryBroker {
             durable: true,
             each_end: false,
             hold: true,
+            pause: false,
             delay: None,
             look_up: true,
             largest_record: None,
@@ -148,6 +149,7 @@ impl Broker for MemoryBroker {
             cursor: cursor.into(),
             given: None,
             parts: None,
+            pause: None,
             subscription: Box::new(subscription),
             moved: CancellationToken::new(),
         }))

@@ -5,6 +5,8 @@
 
 mod consumer;
 mod message;
+mod offsets;
+mod parts;
 mod producer;
 mod resting;
 mod search;
@@ -32,7 +34,7 @@ pub use self::spec::{KafkaSourceSpec, KafkaStart, TopicsSpec, check, probe};
 use self::topic::TopicFacts;
 use super::foreign::broker::{self, Begin, Broker, BrokerCaps, Handed, Opened};
 use super::foreign::open::Context;
-use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach};
+use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach, StoredPause};
 use crate::connection::kafka::{Cluster, explain};
 use crate::record::{Position, Record, RecordId};
 
@@ -269,6 +271,7 @@ impl Broker for Kafka {
             durable: true,
             each_end: false,
             hold: true,
+            pause: true,
             delay: None,
             look_up: true,
             largest_record: None,
@@ -356,6 +359,17 @@ impl Broker for Kafka {
         if let Some(member) = self.branches.lock().get(branch) {
             member.progress(frontier);
         }
+    }
+
+    fn pause(&self, branch: &BranchName, pause: Option<StoredPause>) -> BoxFuture<'static, Result<(), LogError>> {
+        let member = self.branches.lock().get(branch).cloned();
+        async move {
+            match member {
+                Some(member) => member.pause(pause).await,
+                None => Err(LogError::Unsupported("the branch is not open here")),
+            }
+        }
+        .boxed()
     }
 
     fn forget(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {

@@ -329,7 +329,7 @@ pub(super) fn group_faults(cluster: &Cluster, topic: &str, partitions: &[i32], g
     wrong
 }
 
-/// Gives a group the committed offsets of another one.
+/// Gives a group the committed offsets of another one, with what stands beside them.
 pub(super) fn copy_offsets(
     cluster: &Cluster,
     topic: &str,
@@ -345,7 +345,9 @@ pub(super) fn copy_offsets(
     let mut known = TopicPartitionList::new();
     for part in committed.elements() {
         if let Offset::Offset(_) = part.offset() {
-            known.add_partition_offset(topic, part.partition(), part.offset())?;
+            let mut same = known.add_partition(topic, part.partition());
+            same.set_offset(part.offset())?;
+            same.set_metadata(part.metadata());
         }
     }
     if known.count() == 0 {

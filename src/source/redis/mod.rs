@@ -265,6 +265,7 @@ impl Broker for Streams {
             durable: self.durable,
             each_end: true,
             hold: false,
+            pause: false,
             delay: None,
             look_up: true,
             largest_record: Some(LARGEST),

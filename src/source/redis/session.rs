@@ -2,25 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Timestamp;
 use crate::record::{Position, Record};
+use crate::source::foreign::budget::{MOST_BYTES, Share};
 use crate::source::{Entry, Reach};
 
-/// Bytes that a branch may hold ready whatever others hold.
-const OWN_BYTES: usize = 256 << 10;
-/// Bytes that all branches of the process hold ready, about.
-const ALL_BYTES: usize = 64 << 20;
-/// Bytes that a branch holds ready at most.
-const MOST_BYTES: usize = 4 << 20;
 /// Entries of one stream in one answer at most.
 const PAGE: usize = 256;
-
-/// Bytes that are held ready, over all branches.
-static HELD: AtomicUsize = AtomicUsize::new(0);
 
 /// One stream.
 #[derive(Clone, Debug)]
@@ -53,7 +44,8 @@ pub(super) struct Session {
     /// To be acknowledged.
     acks: BTreeMap<u16, Vec<u64>>,
     queue: VecDeque<Entry>,
-    bytes: usize,
+    /// Of what is in the queue.
+    share: Share,
     /// The largest record of late.
     largest: usize,
     /// Counts how often it was gone back.
@@ -99,7 +91,7 @@ impl Session {
             ended: BTreeSet::new(),
             acks: BTreeMap::new(),
             queue: VecDeque::new(),
-            bytes: 0,
+            share: Share::default(),
             largest: 1 << 10,
             turn: 0,
         }
@@ -132,17 +124,13 @@ impl Session {
     }
 
     fn drop_queue(&mut self) {
-        HELD.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+        self.share.clear();
         self.queue.clear();
-    }
-
-    fn is_full(&self) -> bool {
-        self.bytes >= MOST_BYTES || (self.bytes >= OWN_BYTES && HELD.load(Ordering::Relaxed) >= ALL_BYTES)
     }
 
     /// What to read next; `None` = there is no room.
     pub(super) fn wanted(&self) -> Option<Wanted> {
-        if self.is_full() || self.reader.is_none() {
+        if self.share.is_full() || self.reader.is_none() {
             return None;
         }
         let count = MOST_BYTES / self.largest.max(1) / self.parts.len().max(1);
@@ -196,8 +184,7 @@ impl Session {
                     if self.open.insert(position, (weight, record.written_at)).is_none() {
                         self.open_bytes += weight as u64;
                     }
-                    HELD.fetch_add(weight, Ordering::Relaxed);
-                    self.bytes += weight;
+                    self.share.add(weight);
                     self.queue.push_back(Entry::new(position, Arc::new(*record)));
                 }
             }
@@ -228,8 +215,7 @@ impl Session {
                 entries.push(entry);
             }
         }
-        self.bytes -= freed;
-        HELD.fetch_sub(freed, Ordering::Relaxed);
+        self.share.take(freed);
         entries
     }
 
@@ -327,7 +313,6 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.drop_queue();
         self.moved.cancel();
     }
 }
@@ -338,6 +323,7 @@ mod tests {
 
     use super::*;
     use crate::record::RecordId;
+    use crate::source::foreign::budget::{Budget, OWN_BYTES};
 
     fn at(part: u16, offset: u64) -> Position {
         Position::in_part(part, offset)
@@ -420,5 +406,25 @@ mod tests {
         let wanted = session.wanted().unwrap();
         let gone = session.arrived(&wanted, vec![(0, 5, Got::Gone)]);
         assert_eq!((gone, session.take_acks()), (vec![at(0, 5)], vec![(0, vec![5], None)]));
+    }
+
+    #[test]
+    fn what_is_read_and_not_taken_is_held_of_the_budget() {
+        static BUDGET: Budget = Budget::new(1 << 20);
+        let mut others = Share::of(&BUDGET);
+        others.add(1 << 20);
+        let mut session = begun();
+        session.share = Share::of(&BUDGET);
+        let mut next = 9;
+        while let Some(wanted) = session.wanted() {
+            next += 1;
+            session.arrived(&wanted, got(0, &[next]));
+        }
+        let held = BUDGET.held() - (1 << 20);
+        assert!((OWN_BYTES..OWN_BYTES + 1_000).contains(&held), "{held} bytes are its own little");
+        session.take(10, usize::MAX);
+        assert!(session.wanted().is_some() && BUDGET.held() < (1 << 20) + held);
+        drop(session);
+        assert_eq!(BUDGET.held(), 1 << 20);
     }
 }

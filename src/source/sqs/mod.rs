@@ -229,6 +229,7 @@ impl Broker for Sqs {
         let largest = self.queue.known().map_or(LARGEST, |facts| facts.largest);
         BrokerCaps {
             hold: false,
+            pause: false,
             ordered: self.queue.fifo,
             durable: true,
             each_end: true,
@@ -288,6 +289,7 @@ impl Broker for Sqs {
                 cursor,
                 given: None,
                 parts: None,
+                pause: None,
                 subscription: Box::new(reader),
                 moved: CancellationToken::new(),
             })
