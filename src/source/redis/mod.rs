@@ -5,6 +5,7 @@
 //! waited for.
 
 mod append;
+mod claim;
 mod ends;
 mod facts;
 mod fence;
