@@ -140,7 +140,6 @@ struct Known {
     warned: Option<String>,
 }
 
-
 impl Link {
     pub(super) fn new(address: Address, timeout: Duration, strict: bool) -> Self {
         crate::connection::tls::provider();
@@ -280,7 +279,10 @@ impl Link {
         let answers: RedisResult<Vec<RedisResult<Value>>> = pipeline.ignore_errors().query_async(&mut connection).await;
         match answers {
             Ok(answers) => {
-                let moved = answers.iter().filter_map(|answer| answer.as_ref().err()?.code()).any(|code| self.is_of_the_place(code));
+                let moved = answers
+                    .iter()
+                    .filter_map(|answer| answer.as_ref().err()?.code())
+                    .any(|code| self.is_of_the_place(code));
                 if moved {
                     self.drop_open(open.number).await;
                 }
