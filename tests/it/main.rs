@@ -29,6 +29,7 @@ mod outage;
 mod proxy;
 mod quickstart;
 mod real_data;
+mod redis_owner;
 mod redis_shelf;
 mod redis_source;
 mod reload;

@@ -20,7 +20,8 @@ pub(super) fn source(plan: &Plan) -> Vec<Fact> {
         ),
         SourceKind::Redis(_) => (
             "Redis Streams",
-            "on the server's disk as its own settings say (appendfsync always, or WAITAOF) before the answer; a failover may lose it",
+            "on the server's disk as its own settings say (appendfsync always, or WAITAOF) before the answer; replicas get it afterwards, so a \
+             failover may lose what was answered last",
         ),
         SourceKind::Sqs(_) => ("SQS queue", "listed under Successful by SQS before the answer"),
     };

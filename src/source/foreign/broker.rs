@@ -161,6 +161,16 @@ pub trait Broker: Send + Sync {
     /// The newest position of each part that this process reads; as it was a second ago or so.
     fn end(&self) -> Reach;
 
+    /// The newest number of each part that was ever given, as far as it is known here; `None` where a log that has lost its end
+    /// gives no number twice, or says so itself.
+    fn numbers(&self) -> Option<Reach> {
+        None
+    }
+
+    /// Numbers up to these were given: none of them stands for another record from now on. To be called before the first
+    /// append.
+    fn were_given(&self, _numbers: &Reach) {}
+
     /// Where the log ends now, as a text that only it reads.
     ///
     /// # Errors

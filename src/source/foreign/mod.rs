@@ -21,6 +21,7 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -95,6 +96,8 @@ struct Inner {
     epochs: Mutex<Vec<StoredEpoch>>,
     branches: Mutex<BTreeMap<BranchName, Held>>,
     closed: CancellationToken,
+    /// What the shelf kept was deleted: it is told nothing more.
+    deleted: AtomicBool,
     mover: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
@@ -121,9 +124,12 @@ impl Foreign {
             epochs: Mutex::default(),
             branches: Mutex::default(),
             closed: CancellationToken::new(),
+            deleted: AtomicBool::new(false),
             mover: Mutex::default(),
         });
-        if inner.store.is_some() {
+        if let Some(store) = &inner.store {
+            // What the log has lost while nobody looked is told by who remembers that it was there.
+            inner.broker.were_given(&store.kept_end());
             *inner.mover.lock() = Some(tokio::spawn(release::run(Arc::downgrade(&inner))));
         }
         Self { inner }
@@ -154,6 +160,9 @@ impl Foreign {
         }
         self.inner.broker.close().await;
         if let Some(store) = &self.inner.store {
+            if let Err(error) = self.inner.keep_end(store, &mut Reach::none()).await {
+                tracing::warn!(%error, "the shelf could not be told how far the log has come");
+            }
             store.close().await;
         }
     }
@@ -163,6 +172,7 @@ impl Foreign {
     /// # Errors
     /// When the shelf cannot be reached.
     pub async fn delete(&self) -> Result<(), LogError> {
+        self.inner.deleted.store(true, Ordering::Relaxed);
         for branch in self.branches() {
             self.inner.broker.forget(&branch).await?;
         }
@@ -185,6 +195,15 @@ impl Inner {
 
     fn stored_epochs(&self) -> Vec<StoredEpoch> {
         self.store.as_ref().map_or_else(|| self.epochs.lock().clone(), |store| store.epochs())
+    }
+
+    /// Tells the shelf how far the log has come, unless that was `kept` before.
+    async fn keep_end(&self, store: &Arc<dyn Store>, kept: &mut Reach) -> Result<(), LogError> {
+        let numbers = self.broker.numbers().filter(|end| end != kept && !self.deleted.load(Ordering::Relaxed));
+        let Some(end) = numbers else { return Ok(()) };
+        store.keep_end(end.clone()).await?;
+        *kept = end;
+        Ok(())
     }
 
     /// The number of the newest revision.

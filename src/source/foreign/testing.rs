@@ -28,6 +28,8 @@ pub(in crate::source) struct MemoryBroker {
     kept: Mutex<Kept>,
     end: watch::Sender<Position>,
     closed: Mutex<CancellationToken>,
+    /// What branches that are opened hear of what they were given.
+    given: Mutex<Option<Reach>>,
     this: Weak<Self>,
 }
 
@@ -37,6 +39,7 @@ impl MemoryBroker {
             kept: Mutex::default(),
             end: watch::Sender::new(Position(0)),
             closed: Mutex::default(),
+            given: Mutex::default(),
             this: Weak::clone(this),
         })
     }
@@ -49,6 +52,11 @@ impl MemoryBroker {
     /// The next appends are done, and their answers are lost.
     pub(in crate::source) fn lose_answers(&self, count: usize) {
         self.kept.lock().lost_answers = count;
+    }
+
+    /// Branches were given so much, and nothing beyond.
+    pub(in crate::source) fn has_given(&self, given: Reach) {
+        *self.given.lock() = Some(given);
     }
 
     /// All that it keeps.
@@ -147,7 +155,7 @@ impl Broker for MemoryBroker {
         let subscription = Reader { broker, after: cursor, end: self.end.subscribe(), closed };
         ready(Ok(Opened {
             cursor: cursor.into(),
-            given: None,
+            given: self.given.lock().clone(),
             parts: None,
             pause: None,
             subscription: Box::new(subscription),

@@ -3,8 +3,14 @@
 //! Entries are numbered 0-1, 0-2, … by the server, so a position says the stream and the place in it. Durable means what the
 //! server's own settings make of it: see [`facts`]. A failover to a replica can lose what was confirmed: replication is not
 //! waited for.
+//!
+//! What a server has lost (a failover, an older file, FLUSHALL) is told with an alarm, and its numbers are used by nothing
+//! else, where somebody remembers them: a process that runs, or a shelf on another server, which is told every few seconds
+//! and at the end how far the streams have come. Nothing can be noticed of what is lost between two processes where the shelf is
+//! on the same server or there is none, nor of what came in the last seconds before all processes were killed.
 
 mod append;
+mod claim;
 mod ends;
 mod facts;
 mod fence;
@@ -378,6 +384,15 @@ impl Broker for Streams {
 
     fn end(&self) -> Reach {
         self.names.parts().map(|part| Position::in_part(part, self.ends.of(part))).collect()
+    }
+
+    fn numbers(&self) -> Option<Reach> {
+        Some(self.end())
+    }
+
+    fn were_given(&self, numbers: &Reach) {
+        // Whoever writes or reads first finds where the streams end before that, says so, and goes on behind it.
+        numbers.iter().for_each(|number| self.ends.at_least(number.part(), number.offset()));
     }
 
     fn place(&self) -> BoxFuture<'static, Result<Arc<str>, LogError>> {

@@ -155,7 +155,7 @@ pub(super) async fn unfinished(
     let call = Call::new(&UNFINISHED)
         .key(names.stream(position.part()))
         .number(position.offset())
-        .args(branches.iter().map(|branch| branch.as_str()));
+        .args(branches.iter().map(BranchName::as_str));
     let answer = link.script(&call, false).await?;
     let left: Vec<String> = redis::from_redis_value(answer)
         .map_err(|error| Failed::Refused(format!("{}: {error}", link.shown()).into()))?;

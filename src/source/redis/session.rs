@@ -24,6 +24,8 @@ struct Part {
     pending_after: Option<u64>,
     /// The group goes on after this entry, which it has not read.
     set: Option<u64>,
+    /// Up to where others read, and how many of those entries did not come to us yet: while the pending list is gone through.
+    others: Option<(u64, u64)>,
 }
 
 /// The hold on some streams.
@@ -66,6 +68,15 @@ pub(super) struct Wanted {
 /// What to acknowledge in a stream, and where its group goes on.
 pub(super) type Ack = (u16, Vec<u64>, Option<u64>);
 
+/// What is to be told of entries that came.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Arrived {
+    /// Their bodies are gone.
+    pub(super) gone: Vec<Position>,
+    /// Another consumer read as the group up to there, and so many of the entries were neither pending nor lost.
+    pub(super) passed_over: Vec<(Position, u64)>,
+}
+
 /// An entry as the server gave it.
 pub(super) enum Got {
     Record(Box<Record>),
@@ -78,7 +89,7 @@ pub(super) enum Got {
 impl Session {
     /// `begun`: each stream, where its cursor is and what the group was given last.
     pub(super) fn new(generation: u64, begun: &[(u16, u64, u64)]) -> Self {
-        let part = |read| Part { read, given: read, pending_after: Some(0), set: None };
+        let part = |read| Part { read, given: read, pending_after: Some(0), set: None, others: None };
         Self {
             generation,
             frontier: begun.iter().map(|(part, cursor, _)| Position::in_part(*part, *cursor)).collect(),
@@ -123,6 +134,14 @@ impl Session {
         }
     }
 
+    /// Others read as the group up to `given`, and what was pending for them is ours now, but for `gone` entries.
+    pub(super) fn taken_over(&mut self, number: u16, given: u64, gone: u64) {
+        if let Some(part) = self.parts.get_mut(&number) {
+            part.pending_after = Some(part.pending_after.unwrap_or(part.read).min(part.read));
+            part.others = Some((given, given.saturating_sub(part.read).saturating_sub(gone)));
+        }
+    }
+
     fn drop_queue(&mut self) {
         self.share.clear();
         self.queue.clear();
@@ -148,14 +167,19 @@ impl Session {
         fresh.then(|| self.parts.iter().map(|(number, part)| (*number, part.read)).collect())
     }
 
-    /// Entries came; gives those whose body is gone.
-    pub(super) fn arrived(&mut self, wanted: &Wanted, got: Vec<(u16, u64, Got)>) -> Vec<Position> {
+    /// Entries came.
+    pub(super) fn arrived(&mut self, wanted: &Wanted, got: Vec<(u16, u64, Got)>) -> Arrived {
         let stale = wanted.turn != self.turn;
-        let mut gone = Vec::new();
+        let mut arrived = Arrived::default();
         let mut last: BTreeMap<u16, u64> = BTreeMap::new();
         for (number, offset, got) in got {
             last.insert(number, offset);
             let Some(part) = self.parts.get_mut(&number) else { continue };
+            if let Some((to, left)) = &mut part.others
+                && (part.read + 1..=*to).contains(&offset)
+            {
+                *left = left.saturating_sub(1);
+            }
             part.read = part.read.max(offset);
             part.given = part.given.max(offset);
             let position = Position::in_part(number, offset);
@@ -174,7 +198,7 @@ impl Session {
                     self.ended.insert(position);
                 }
                 Got::Gone => {
-                    gone.push(position);
+                    arrived.gone.push(position);
                     self.acks.entry(number).or_default().push(offset);
                     self.ended.insert(position);
                 }
@@ -196,10 +220,19 @@ impl Session {
                     && part.pending_after == *after
                 {
                     part.pending_after = last.get(number).copied();
+                    if part.pending_after.is_none()
+                        && let Some((to, left)) = part.others.take()
+                    {
+                        part.read = part.read.max(to);
+                        part.given = part.given.max(to);
+                        if left > 0 {
+                            arrived.passed_over.push((Position::in_part(*number, to), left));
+                        }
+                    }
                 }
             }
         }
-        gone
+        arrived
     }
 
     /// The next entries for a reader.
@@ -298,6 +331,11 @@ impl Session {
     pub(super) fn unfinished(&self) -> (u64, u64, Option<Timestamp>) {
         let oldest = self.open.values().map(|(_, at)| *at).min();
         (self.open.len() as u64, self.open_bytes, oldest)
+    }
+
+    /// The newest entry of a stream that was read.
+    pub(super) fn read(&self, number: u16) -> u64 {
+        self.parts.get(&number).map_or(0, |part| part.read)
     }
 
     /// Each stream with the newest entry that was read.
@@ -404,7 +442,7 @@ mod tests {
     fn an_entry_without_a_body_is_told_and_acknowledged() {
         let mut session = begun();
         let wanted = session.wanted().unwrap();
-        let gone = session.arrived(&wanted, vec![(0, 5, Got::Gone)]);
+        let gone = session.arrived(&wanted, vec![(0, 5, Got::Gone)]).gone;
         assert_eq!((gone, session.take_acks()), (vec![at(0, 5)], vec![(0, vec![5], None)]));
     }
 
@@ -426,5 +464,23 @@ mod tests {
         assert!(session.wanted().is_some() && BUDGET.held() < (1 << 20) + held);
         drop(session);
         assert_eq!(BUDGET.held(), 1 << 20);
+    }
+
+    #[test]
+    fn what_others_read_comes_before_what_is_new_and_what_they_acknowledged_is_told() {
+        let mut session = begun();
+        let wanted = session.wanted().unwrap();
+        session.arrived(&wanted, Vec::new());
+        // Of 10 to 14 one is gone, and one was acknowledged.
+        session.taken_over(0, 14, 1);
+        let first = session.wanted().unwrap();
+        assert_eq!((first.parts[0], session.ends()), ((0, Some(9)), None));
+        assert_eq!(session.arrived(&first, got(0, &[10, 12, 13])), Arrived::default());
+        let second = session.wanted().unwrap();
+        assert_eq!(second.parts[0], (0, Some(13)));
+        assert_eq!(session.arrived(&second, Vec::new()).passed_over, [(at(0, 14), 1)]);
+        assert_eq!(given(&mut session), [at(0, 10), at(0, 12), at(0, 13)]);
+        // The wait for more does not end at once for what others have done.
+        assert_eq!((session.ends().unwrap(), session.wanted().unwrap().given), (vec![(0, 14), (3, 0)], vec![14, 0]));
     }
 }
