@@ -19,7 +19,7 @@ pub(super) enum BranchVerb {
         #[command(flatten)]
         remote: Remote,
     },
-    /// Stop delivering; what is written stays in the log. Survives restarts
+    /// Stop delivering; what is written stays in the log. Survives restarts, but for a queue without a shelf
     Pause {
         #[command(flatten)]
         which: Which,
@@ -57,8 +57,11 @@ impl Which {
     async fn order(&self, verb: &str, body: Option<&Value>) -> Result<(), Stop> {
         let (namespace, branch) = (segment(&self.namespace), segment(&self.branch));
         let path = format!("/api/v1/wal/namespace/{namespace}/branches/{branch}/{verb}");
-        self.remote.ask(Method::POST, &path, body).await?.success()?;
+        let done = self.remote.ask(Method::POST, &path, body).await?.success()?;
         output::notice(&format!("{verb}: {} of {}", self.branch, self.namespace));
+        if let Some(warning) = done.get("warning").and_then(Value::as_str) {
+            output::notice(&format!("warning: {warning}"));
+        }
         Ok(())
     }
 }

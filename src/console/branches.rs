@@ -37,14 +37,20 @@ pub(super) struct Done {
     done: &'static str,
     /// What was skipped.
     message_id: Option<RecordId>,
+    /// What is not as one might expect.
+    warning: Option<&'static str>,
 }
 
-/// Stops sending until it is resumed, over restarts too
+/// Of a pause that nobody keeps.
+const NOT_KEPT: &str =
+    "it ends when this process does: a queue keeps no pause; name a shelf under source.shelf, which does";
+
+/// Stops sending until it is resumed, over restarts too where `warning` does not say otherwise
 #[utoipa::path(post, path = "/api/v1/wal/namespace/{ns}/branches/{branch}/pause", tag = "branches",
     params(("ns" = String, Path, description = "The namespace"), ("branch" = String, Path, description = "`sink` or `sink@region`")),
     request_body = PauseOrder,
     responses(
-        (status = 200, description = "It pauses, and that is durable", body = Done),
+        (status = 200, description = "It pauses, and that is durable unless there is a `warning`", body = Done),
         (status = 404, description = "`no_namespace` or `no_branch`"),
         (status = 503, description = "`busy`: nobody can say whether the order is followed"),
     ))]
@@ -52,7 +58,8 @@ pub(super) async fn pause(view: &View, branch: &str, order: PauseOrder) -> Answe
     let (name, handle) = find(view, branch)?;
     let followed = handle.pause(order.note.unwrap_or_else(|| "paused by an operator".to_owned())).await;
     durable(followed)?;
-    Ok(done(view, name, "pause", None))
+    let warning = (!view.log.caps().pause).then_some(NOT_KEPT);
+    Ok(done(view, Done { branch: name.clone(), done: "pause", message_id: None, warning }))
 }
 
 /// Ends a pause of any cause
@@ -66,7 +73,7 @@ pub(super) async fn pause(view: &View, branch: &str, order: PauseOrder) -> Answe
 pub(super) async fn resume(view: &View, branch: &str) -> Answer {
     let (name, handle) = find(view, branch)?;
     durable(handle.resume().await)?;
-    Ok(done(view, name, "resume", None))
+    Ok(done(view, Done { branch: name.clone(), done: "resume", message_id: None, warning: None }))
 }
 
 /// Puts one record into the dead letters and goes on without it
@@ -88,7 +95,7 @@ pub(super) async fn skip(view: &View, branch: &str, order: SkipOrder) -> Answer 
         let detail = "no such delivery waits in this branch, or it is under way; try again";
         return Err(Problem::new(StatusCode::CONFLICT, "nothing_to_skip", detail));
     };
-    Ok(done(view, name, "skip", Some(id)))
+    Ok(done(view, Done { branch: name.clone(), done: "skip", message_id: Some(id), warning: None }))
 }
 
 /// 503 for an order of which nobody can say whether it is followed.
@@ -106,7 +113,7 @@ fn find<'a>(view: &'a View, branch: &str) -> Result<(&'a BranchName, &'a Arc<Bra
     })
 }
 
-fn done(view: &View, name: &BranchName, verb: &'static str, message_id: Option<RecordId>) -> warp::reply::Response {
-    info!(ns = %view.namespace, branch = %name, verb, "an operator's order");
-    reply::json(StatusCode::OK, &Done { branch: name.clone(), done: verb, message_id })
+fn done(view: &View, done: Done) -> warp::reply::Response {
+    info!(ns = %view.namespace, branch = %done.branch, verb = done.done, "an operator's order");
+    reply::json(StatusCode::OK, &done)
 }

@@ -1,5 +1,7 @@
 //! Where a write is: waiting for its time, in the log and what each branch made of it, cancelled.
 
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use http::StatusCode;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -47,21 +49,36 @@ struct BranchFate {
     params(("id" = String, Path, description = "The `messageId` of its answer")),
     responses(
         (status = 200, description = "Where it is", body = Message),
+        (status = 501, description = "`unsupported`: too much came after it in a broker's log to be searched"),
+        (status = 503, description = "`log`: it is in none that answers, and one does not answer"),
         (status = 404, description = "`no_message`: it never was accepted, or ended longer ago than is kept"),
     ))]
 pub(super) async fn find(instance: &dyn Instance, id: &str) -> Answer {
     let id = request::id(id)?;
-    for view in instance.views() {
-        if !view.log.caps().look_up {
-            continue;
-        }
-        if let Some(found) = view.log.find(id).await? {
-            return Ok(reply::json(StatusCode::OK, &message(id, &view, found)));
+    // All at once: a log that cannot be reached keeps nobody from what is in another.
+    let search = |view: View| async move { (view.log.find(id).await, view) };
+    let mut searches: FuturesUnordered<_> = instance.views().into_iter().map(search).collect();
+    let mut failed = None;
+    while let Some((found, view)) = searches.next().await {
+        match found {
+            Ok(Some(found)) => return Ok(reply::json(StatusCode::OK, &message(id, &view, found))),
+            Ok(None) => {}
+            Err(error) => failed = failed.or(Some(error)),
         }
     }
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    let absent = match instance.absent().len() {
+        0 => String::new(),
+        count => format!("; {count} namespace(s) that do not run now were not asked"),
+    };
     Err(Problem::not_found(
         "no_message",
-        "no log knows this id: it never was accepted, or it ended longer ago than is kept",
+        format!(
+            "no log knows this id: it never was accepted, or it ended longer ago than is kept (30 s on Redis Streams); of \
+             what went to an SQS queue only what waits or is dead is found{absent}"
+        ),
     ))
 }
 

@@ -131,6 +131,7 @@ pub(super) fn desk(bytes: u64) -> (Arc<Desk>, mpsc::Receiver<Handed>) {
         look_up: false,
         durable: true,
         set_aside: true,
+        pause: true,
         shared: false,
         each_end: false,
     };

@@ -173,6 +173,7 @@ impl Log for Memory {
             look_up: true,
             durable: false,
             set_aside: true,
+            pause: true,
             shared: false,
             each_end: false,
         }

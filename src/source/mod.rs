@@ -94,6 +94,8 @@ pub struct Caps {
     pub durable: bool,
     /// A failing key can be set aside, and dead letters can be listed and replayed.
     pub set_aside: bool,
+    /// A pause that only a person ends outlives a restart.
+    pub pause: bool,
     /// Other processes may carry on where this one stops, so what was read and not sent is left to them.
     pub shared: bool,
     /// It wants to know each position that has ended, not only how far everything has.

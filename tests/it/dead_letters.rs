@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::{Value, json};
 
 use crate::harness::{Place, Receiver, Running, until, until_status};
+use crate::kafka::unique;
 
 /// A desk whose script fails on `poison`, and whose target refuses `bad` until it is mended.
 fn desk(url: &str, more: &str) -> Place {
@@ -248,6 +249,58 @@ async fn a_pause_is_durable_when_it_is_answered_and_ends_with_a_resume() {
     assert_eq!(running.status("desk").await["branches"][0]["pause"], Value::Null);
     let (code, _, said) = running.cli(&place, &["branch", "pause", "desk", "https"]);
     assert!(code != 0 && said.contains("no_branch") && said.contains("http"), "{code} {said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs Kafka: run tests/run"]
+async fn a_group_keeps_a_pause_for_whoever_reads_next_where_there_is_no_shelf() {
+    let (receiver, desk) = (Receiver::start().await, unique("paused"));
+    let source = format!("kafka: {{ brokers: \"{}\", topic: {desk} }}", crate::kafka::brokers());
+    let place = Place::new().pipeline(
+        "a.yaml",
+        &format!("namespace: {desk}\nsource: {{ {source} }}\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url),
+    );
+    let mut running = place.start().await;
+    let paused = |status: &Value| status["branches"][0]["pause"]["note"] == "moving house";
+    running.accepted(&desk, None, json!({ "n": 0 })).await;
+    until("the first", || (receiver.count() == 1).then_some(())).await;
+    let (code, _, said) = running.cli(&place, &["branch", "pause", &desk, "http", "--note", "moving house"]);
+    assert!(code == 0 && !said.contains("warning"), "{said}");
+    running.kill();
+    running = place.start().await;
+    until_status(&running, &desk, "it pauses still", paused).await;
+    running.accepted(&desk, None, json!({ "n": 1 })).await;
+    until_status(&running, &desk, "it is read", |status| status["branches"][0]["inFlight"] == 1).await;
+    assert_eq!(receiver.count(), 1);
+    assert_eq!(running.cli(&place, &["branch", "resume", &desk, "http"]).0, 0);
+    running.kill();
+    running = place.start().await;
+    until("the second", || (receiver.count() >= 2).then_some(())).await;
+    assert_eq!(running.status(&desk).await["branches"][0]["pause"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs an SQS server: run tests/run"]
+async fn who_pauses_a_queue_without_a_shelf_hears_that_it_ends_with_the_process() {
+    let (receiver, desk) = (Receiver::start().await, unique("paused"));
+    crate::backends::sqs().create_queue().queue_name(&desk).send().await.unwrap();
+    let endpoint = std::env::var("WALFLOW_TEST_SQS").expect("WALFLOW_TEST_SQS names a server: run tests/run");
+    let source = format!("sqs: {{ queue: {desk}, region: us-east-1, endpoint: \"{endpoint}\" }}");
+    let place = Place::new().environment("AWS_ACCESS_KEY_ID", "x").environment("AWS_SECRET_ACCESS_KEY", "x").pipeline(
+        "a.yaml",
+        &format!("namespace: {desk}\nsource: {{ {source} }}\nsink: {{ http: {{ url: '{}' }} }}\n", receiver.url),
+    );
+    let running = place.start().await;
+    until_status(&running, &desk, "a branch", |status| status["branches"][0]["state"] == "running").await;
+    let (code, _, said) = running.cli(&place, &["branch", "pause", &desk, "http"]);
+    assert!(code == 0 && said.contains("it ends when this process does"), "{code} {said}");
+    running.accepted(&desk, None, json!(1)).await;
+    until_status(&running, &desk, "it is read", |status| status["branches"][0]["inFlight"] == 1).await;
+    let (_, plan, _) = running.cli(&place, &["run", "pipelines", "--dry-run"]);
+    assert!(receiver.count() == 0 && plan.contains("a pause"), "{plan}");
+    let (code, _, said) = running.cli(&place, &["branch", "resume", &desk, "http"]);
+    assert!(code == 0 && !said.contains("warning"), "{code} {said}");
+    until("it is delivered", || (receiver.count() == 1).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -177,3 +177,26 @@ async fn what_a_delay_draws_differs_from_record_to_record() {
     }
     assert!(waits.len() > 1, "all wait {waits:?} seconds");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_cannot_be_reached_keeps_nobody_from_a_write_in_another() {
+    let gone =
+        "namespace: gone\nsource: { redis: { url: 'redis://127.0.0.1:1' } }\nsink: { file: { path: gone.ndjson } }\n";
+    let place = Place::new()
+        .pipeline("gone.yaml", gone)
+        .pipeline("p.yaml", "namespace: calm\nsink: { file: { path: out.ndjson } }\n");
+    let mut running = place.spawn();
+    let id = loop {
+        running.is_ready().await;
+        if let Ok((StatusCode::ACCEPTED, answer)) = running.write(&json!({"namespace": "calm", "payload": 1})).await {
+            break answer["messageId"].as_str().unwrap().to_owned();
+        }
+        assert!(!running.has_ended(), "{}", running.log());
+    };
+    let (status, answer) = ask(&running, "GET", &format!("/api/v1/wal/message/{id}"), None).await;
+    assert_eq!((status.as_u16(), &answer["namespace"]), (200, &json!("calm")), "{answer}");
+    let nobodys = "019a0b1c-2d3e-7f00-8000-000000000000";
+    let (status, answer) = ask(&running, "GET", &format!("/api/v1/wal/message/{nobodys}"), None).await;
+    assert_eq!((status.as_u16(), &answer["code"]), (404, &json!("no_message")), "{answer}");
+    assert!(answer["detail"].as_str().unwrap().contains("1 namespace(s) that do not run now"), "{answer}");
+}

@@ -85,27 +85,6 @@ async fn what_a_topic_has_acknowledged_arrives_after_kill_9() {
     until_status(&running, &namespace, "nothing is left", |status| status["branches"][0]["lagRecords"] == 0).await;
 }
 
-#[tokio::test]
-#[ignore = "needs Kafka: run tests/run"]
-async fn two_processes_share_a_topic_and_one_takes_over_when_the_other_is_killed() {
-    let namespace = unique("share");
-    let receiver = Receiver::start().await;
-    let text = pipeline(&namespace, "", &format!("{{ http: {{ url: \"{}\" }} }}", receiver.url));
-    let (one, other) = (Place::new().pipeline("a.yaml", &text), Place::new().pipeline("a.yaml", &text));
-    let mut first = one.start().await;
-    let second = other.start().await;
-    // Both have partitions of their own: what one alone would have been given is divided.
-    let shares = |running: &Running| running.log().matches("partitions assigned").count();
-    until("the partitions are divided", || (shares(&first) >= 2 && shares(&second) >= 1).then_some(())).await;
-    let mut acknowledged = write(&first, &namespace, 0..100).await;
-    acknowledged.extend(write(&second, &namespace, 100..200).await);
-    assert_eq!(acknowledged.len(), 200);
-    first.kill();
-    acknowledged.extend(write(&second, &namespace, 200..300).await);
-    assert_eq!(acknowledged.len(), 300);
-    all_arrive(&receiver, &acknowledged).await;
-}
-
 fn producer() -> FutureProducer {
     ClientConfig::new().set("bootstrap.servers", brokers()).set("acks", "all").create().unwrap()
 }

@@ -69,13 +69,17 @@ impl Load {
         until("writes are acknowledged", || (self.count() >= wanted).then_some(())).await;
     }
 
-    pub async fn end(self) -> BTreeSet<u64> {
+    /// What was acknowledged until now.
+    pub fn so_far(&self) -> BTreeSet<u64> {
+        self.acknowledged.lock().unwrap().clone()
+    }
+
+    pub async fn end(mut self) -> BTreeSet<u64> {
         self.stop.store(true, Ordering::Relaxed);
-        for task in self.tasks {
+        for task in std::mem::take(&mut self.tasks) {
             task.await.unwrap();
         }
-        let acknowledged = self.acknowledged.lock().unwrap();
-        acknowledged.clone()
+        self.so_far()
     }
 }
 

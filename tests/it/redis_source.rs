@@ -16,21 +16,21 @@ use walflow::source::{AdmitError, BranchName, DeadLetter, DeadReason, Entry, Ide
 use crate::servers::Server;
 
 /// Longest wait for anything; a wait that needs it has failed.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
-fn shared() -> String {
+pub fn shared() -> String {
     std::env::var("WALFLOW_TEST_REDIS").expect("WALFLOW_TEST_REDIS names a Redis server: run tests/run")
 }
 
-fn unique() -> String {
+pub fn unique() -> String {
     format!("redis-{:012x}", fastrand::u64(..) >> 16)
 }
 
-fn spec(url: &str, streams: u16) -> RedisSourceSpec {
+pub fn spec(url: &str, streams: u16) -> RedisSourceSpec {
     RedisSourceSpec { url: Some(url.to_owned()), streams: Some(streams), ..RedisSourceSpec::default() }
 }
 
-fn context(namespace: &str) -> Context {
+pub fn context(namespace: &str) -> Context {
     Context {
         namespace: namespace.parse().unwrap(),
         number: 1,
@@ -42,26 +42,26 @@ fn context(namespace: &str) -> Context {
     }
 }
 
-fn handle(url: &str, namespace: &str, streams: u16) -> Arc<dyn Broker> {
+pub fn handle(url: &str, namespace: &str, streams: u16) -> Arc<dyn Broker> {
     open(&spec(url, streams), &context(namespace)).unwrap()
 }
 
-fn record(key: Option<&str>, payload: &str) -> Arc<Record> {
+pub fn record(key: Option<&str>, payload: &str) -> Arc<Record> {
     let now = Clock::system().now();
     let bare =
         Record::new(RecordId::new(now, 0, 1, fastrand::u64(..)), now, Bytes::copy_from_slice(payload.as_bytes()));
     Arc::new(Record { key: key.map(Into::into), ..bare })
 }
 
-fn branch() -> BranchName {
+pub fn branch() -> BranchName {
     BranchName::new("sink", None)
 }
 
-async fn append(broker: &Arc<dyn Broker>, records: Vec<Arc<Record>>) -> Vec<Result<Position, AdmitError>> {
+pub async fn append(broker: &Arc<dyn Broker>, records: Vec<Arc<Record>>) -> Vec<Result<Position, AdmitError>> {
     broker.append(records).await.unwrap().await
 }
 
-async fn opened(broker: &Arc<dyn Broker>) -> Opened {
+pub async fn opened(broker: &Arc<dyn Broker>) -> Opened {
     opened_at(broker, Begin::Earliest).await
 }
 
@@ -87,7 +87,7 @@ async fn next(opened: &mut Opened) -> Option<Vec<Entry>> {
     next.await.expect("nothing came")
 }
 
-async fn read(opened: &mut Opened, count: usize) -> Vec<Entry> {
+pub async fn read(opened: &mut Opened, count: usize) -> Vec<Entry> {
     let mut entries = Vec::new();
     while entries.len() < count {
         entries.extend(next(opened).await.expect("the hold has ended"));
@@ -95,7 +95,7 @@ async fn read(opened: &mut Opened, count: usize) -> Vec<Entry> {
     entries
 }
 
-fn payload(entry: &Entry) -> String {
+pub fn payload(entry: &Entry) -> String {
     String::from_utf8(entry.record.payload.to_vec()).unwrap()
 }
 
@@ -282,7 +282,7 @@ async fn a_server_that_may_lose_what_it_confirms_is_refused_with_the_reason() {
     }
 }
 
-async fn command(url: &str, words: &[&str]) -> redis::Value {
+pub async fn command(url: &str, words: &[&str]) -> redis::Value {
     let mut connection = redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
     let mut command = redis::cmd(words[0]);
     words[1..].iter().for_each(|word| _ = command.arg(*word));

@@ -34,14 +34,19 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `kafka`, `kafka3`, `redis`, `valkey`, `cluster`, `postgres` or `sqs`, and returns when it answers.
+    /// Starts `kafka`, `kafka3`, `redis`, `valkey`, `cluster`, `sentinel`, `postgres` or `sqs`, and returns when it answers.
     pub async fn start(name: &'static str) -> Self {
         Self::start_with(name, &[]).await
     }
 
     /// Starts it with more arguments; what they are for each server `tests/services/up` says.
     pub async fn start_with(name: &'static str, arguments: &[&str]) -> Self {
-        Self::start_at(name, free_ports(if matches!(name, "kafka3" | "cluster") { 6 } else { 2 }), arguments).await
+        Self::start_at(
+            name,
+            free_ports(if matches!(name, "kafka3" | "cluster" | "sentinel") { 6 } else { 2 }),
+            arguments,
+        )
+        .await
     }
 
     /// Starts it on this port and those behind it, which the caller has from [`free_ports`].
@@ -55,12 +60,12 @@ impl Server {
         server
     }
 
-    /// `host:port`, of the first node if there are three.
+    /// `host:port`, of the first node if there are several.
     pub fn address(&self) -> String {
         self.node(1)
     }
 
-    /// `host:port` of one of three nodes (1 to 3).
+    /// `host:port` of one of several nodes, which count from 1.
     pub fn node(&self, node: u8) -> String {
         format!("127.0.0.1:{}", self.port + u16::from(node) - 1)
     }
@@ -87,12 +92,12 @@ impl Server {
         self.down(&["-9"], self.folder.path()).await;
     }
 
-    /// Ends one of three nodes (1 to 3) at once.
+    /// Ends one of several nodes at once.
     pub async fn kill_node(&self, node: u8) {
         self.down(&["-9"], &self.folder.path().join(node.to_string())).await;
     }
 
-    /// Starts it again on its data and port, or those of three nodes that are down.
+    /// Starts it again on its data and port, or those of several nodes that are down.
     pub async fn restart(&self) {
         let mut command = Command::new(script("up"));
         command.arg(self.name).arg(self.folder.path()).arg(self.port.to_string()).args(&self.arguments);

@@ -81,6 +81,44 @@ async fn streams_behind_a_bad_network_lose_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs servers: run tests/run"]
+async fn a_replica_goes_on_where_its_master_was_killed() {
+    let servers = Server::start("sentinel").await;
+    let (receiver, namespace) = (Receiver::start().await, unique("sentinel"));
+    let sentinels = [3, 4, 5].map(|node| format!("\"redis://{}\"", servers.node(node))).join(", ");
+    let place = Place::new().pipeline(
+        "a.yaml",
+        &format!(
+            "namespace: {namespace}\nsource:\n  redis: {{ sentinel: {{ urls: [{sentinels}], master: main }}, timeout: 2s }}\n  key: \
+             /key\nsink: {{ http: {{ url: \"{}\" }} }}\n",
+            receiver.url
+        ),
+    );
+    let running = place.start().await;
+    let load = Load::start(&running, &namespace);
+    load.more(200).await;
+    // One of those that are asked is away too.
+    servers.kill_node(3).await;
+    let replicated = load.so_far();
+    let mut master = redis::Client::open(format!("redis://{}", servers.node(1))).unwrap().get_connection().unwrap();
+    // What stands before this on the master stands before it on the replica.
+    redis::cmd("SET").arg("mark").arg(1).exec(&mut master).unwrap();
+    assert_eq!(redis::cmd("WAIT").arg(1).arg(5_000).query::<u64>(&mut master).unwrap(), 1);
+    servers.kill_node(1).await;
+    let refused = load.refused.load(Ordering::Relaxed);
+    until("writers hear of it", || (load.refused.load(Ordering::Relaxed) > refused + 20).then_some(())).await;
+    let before = load.so_far();
+    load.more(200).await;
+    let mut replica = redis::Client::open(format!("redis://{}", servers.node(2))).unwrap().get_connection().unwrap();
+    let role: redis::Value = redis::cmd("ROLE").query(&mut replica).unwrap();
+    assert!(format!("{role:?}").contains("master"), "{role:?}");
+    let acknowledged = load.end().await;
+    // Replication is not waited for: what was answered in the last moment before may be gone.
+    let unsure: BTreeSet<u64> = before.difference(&replicated).copied().collect();
+    accounts(&receiver, &acknowledged.difference(&unsure).copied().collect()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs an SQS server: run tests/run"]
 async fn a_queue_behind_a_bad_network_loses_nothing() {
     let mut proxy = Proxy::start(&server("WALFLOW_TEST_SQS")).await;

@@ -20,7 +20,8 @@ pub(super) fn source(plan: &Plan) -> Vec<Fact> {
         ),
         SourceKind::Redis(_) => (
             "Redis Streams",
-            "on the server's disk as its own settings say (appendfsync always, or WAITAOF) before the answer; a failover may lose it",
+            "on the server's disk as its own settings say (appendfsync always, or WAITAOF) before the answer; replicas get it afterwards, so a \
+             failover may lose what was answered last",
         ),
         SourceKind::Sqs(_) => ("SQS queue", "listed under Successful by SQS before the answer"),
     };
@@ -142,6 +143,9 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
             "shelf",
             format!("none: {delayed} is a 501, a failing key holds what is behind it, dead letters go to the broker"),
         ));
+        if matches!(source.kind, SourceKind::Sqs(_)) {
+            facts.push(fact("a pause", "ends when the process does"));
+        }
         facts.push(fact("a key again", "may be appended twice; the key goes on to the sink"));
     }
     facts

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::shared::Shared;
 use super::{KEY_WINDOW, Kind, clock};
 use crate::clock::Clock;
 use crate::source::foreign::open::Context;
@@ -15,11 +16,11 @@ use crate::source::{Log, Shelf};
 use crate::units::Span;
 
 /// The address of a server that `tests/run` has started.
-fn server(variable: &str) -> String {
+pub(super) fn server(variable: &str) -> String {
     std::env::var(variable).unwrap_or_else(|_| panic!("{variable} names a server: run tests/run"))
 }
 
-fn context(clock: &Clock) -> Context {
+pub(super) fn context(clock: &Clock) -> Context {
     Context {
         namespace: format!("suite-{:012x}", fastrand::u64(..1 << 48)).parse().unwrap(),
         number: 1,
@@ -31,7 +32,7 @@ fn context(clock: &Clock) -> Context {
     }
 }
 
-const SETTINGS: Settings =
+pub(super) const SETTINGS: Settings =
     Settings { key_window: KEY_WINDOW, number: 1, first: First::Earliest, one_place_for_keys: false };
 
 /// A broker in memory with a shelf in PostgreSQL.
@@ -47,7 +48,7 @@ fn of_its_own() -> Span {
     Span(Duration::from_millis(10_000 + fastrand::u64(..1_000_000)))
 }
 
-async fn postgres_shelf(context: &Context) -> Arc<dyn Store> {
+pub(super) async fn postgres_shelf(context: &Context) -> Arc<dyn Store> {
     let url = Some(server("WALFLOW_TEST_POSTGRES"));
     let timeout = Some(of_its_own());
     postgres::open(&PostgresShelfSpec { url, timeout, ..PostgresShelfSpec::default() }, context).await.unwrap()
@@ -90,13 +91,13 @@ impl Kind for OnPostgres {
     }
 }
 
-/// A topic of one partition, with a shelf in PostgreSQL.
-pub(super) struct OnKafka {
+/// A topic of one partition, with a shelf in PostgreSQL or without one.
+pub(super) struct OnKafka<const SHELF: bool> {
     context: Context,
     pair: Foreign,
 }
 
-impl OnKafka {
+impl<const SHELF: bool> OnKafka<SHELF> {
     async fn open(context: Context) -> Self {
         let spec: KafkaSourceSpec = serde_json::from_value(serde_json::json!({
             "brokers": server("WALFLOW_TEST_KAFKA"),
@@ -104,14 +105,14 @@ impl OnKafka {
             "topics": { "partitions": 1 },
         }))
         .unwrap();
-        let store = postgres_shelf(&context).await;
+        let store = if SHELF { Some(postgres_shelf(&context).await) } else { None };
         let broker = kafka::open(&spec, &context).unwrap();
-        let pair = Foreign::new(broker, Some(store), SETTINGS, context.clock.clone());
+        let pair = Foreign::new(broker, store, SETTINGS, context.clock.clone());
         Self { context, pair }
     }
 }
 
-impl Kind for OnKafka {
+impl<const SHELF: bool> Kind for OnKafka<SHELF> {
     async fn start() -> Self {
         Self::open(context(&clock())).await
     }
@@ -138,5 +139,11 @@ impl Kind for OnKafka {
 
     fn clock(&self) -> &Clock {
         &self.context.clock
+    }
+}
+
+impl<const SHELF: bool> Shared for OnKafka<SHELF> {
+    async fn another(&self) -> Self {
+        Self::open(self.context.clone()).await
     }
 }

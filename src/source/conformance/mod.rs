@@ -1,11 +1,16 @@
 //! What every pair of log and shelf must do, whatever it stands on: one suite for each trait, run against each kind.
 //!
-//! A new kind is one more [`Kind`] and one more line at the end of this file. A case never asks which kind it runs on.
+//! A new kind is one more [`Kind`] and one more line at the end of this file. A case never asks which kind it runs on: where
+//! promises differ it asks [`Caps`](super::Caps) and [`Kind::places`], and holds each pair to its own.
 
+mod alone;
+mod find;
 mod foreign;
 mod log;
 mod redis;
+mod shared;
 mod shelf;
+mod sqs;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +22,8 @@ use super::embedded::testing::record;
 use super::embedded::{Embedded, NamespaceSettings, Options};
 use super::memory::Memory;
 use super::{
-    Admitted, BranchName, Entry, IdempotencyKey, Log, LogError, Settlement, Shelf, ShelfCounts, Subscription, Write,
+    Admitted, BranchName, Entry, IdempotencyKey, Lag, Log, LogError, Reach, Settlement, Shelf, ShelfCounts,
+    Subscription, Write,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
@@ -49,6 +55,17 @@ trait Kind: Sized {
     fn shelf(&self) -> Arc<dyn Shelf>;
 
     fn clock(&self) -> &Clock;
+
+    /// Records have places, counted from 1, that are the same for every branch and after a restart. A queue's have none: it
+    /// gives each message to one branch, under a number of the moment, and what has ended is gone.
+    fn places(&self) -> bool {
+        true
+    }
+
+    /// Waits until the log holds so many records that have not ended; nothing has ended yet where there are places.
+    async fn until_holds(&self, log: &Arc<dyn Log>, count: u64) {
+        until_end(log, count).await;
+    }
 }
 
 struct OnDisk {
@@ -191,6 +208,46 @@ async fn read(subscription: &mut dyn Subscription, count: usize) -> Vec<Entry> {
     found
 }
 
+/// Reads `count` records and ends each as it comes: of a key a queue may give the next only then.
+async fn finish<K: Kind>(kind: &K, subscription: &mut dyn Subscription, count: usize) -> Vec<Entry> {
+    let mut found = Vec::new();
+    while found.len() < count {
+        let next = tokio::time::timeout(PATIENCE, subscription.next(count - found.len(), usize::MAX)).await;
+        let entries = next.unwrap_or_else(|_| panic!("only {:?} came", payloads(&found))).unwrap();
+        end(&kind.shelf(), &entries).await;
+        found.extend(entries);
+    }
+    found
+}
+
+fn positions(entries: &[Entry]) -> Vec<Position> {
+    entries.iter().map(|entry| entry.position).collect()
+}
+
+/// How far the branch has come with these.
+fn reach(entries: &[Entry]) -> Reach {
+    entries.iter().map(|entry| entry.position).collect()
+}
+
+/// These have ended, and everything before them; waits until that is stored.
+async fn end(shelf: &Arc<dyn Shelf>, entries: &[Entry]) {
+    let dropped = entries.iter().map(|entry| (entry.position, "filter".into())).collect();
+    let settlement =
+        Settlement { frontier: reach(entries), ended: positions(entries), dropped, ..Settlement::default() };
+    shelf.settle(&branch(), settlement).await.unwrap();
+}
+
+/// These came of one key: in the order in which they were written, where the log keeps that.
+fn came<K: Kind>(kind: &K, entries: &[Entry], expected: &[&str]) {
+    let expected = expected.iter().map(|payload| Bytes::copy_from_slice(payload.as_bytes()));
+    let (mut found, mut expected) = (payloads(entries), expected.collect::<Vec<_>>());
+    if !kind.log().caps().ordered {
+        found.sort();
+        expected.sort();
+    }
+    assert_eq!(found, expected);
+}
+
 fn payloads(entries: &[Entry]) -> Vec<Bytes> {
     entries.iter().map(|entry| entry.record.payload.clone()).collect()
 }
@@ -209,6 +266,19 @@ async fn until_end(log: &Arc<dyn Log>, end: u64) {
     let deadline = std::time::Instant::now() + PATIENCE;
     while log.end().single() != Position(end) {
         assert!(std::time::Instant::now() < deadline, "{:?} is the end, not {end}", log.end());
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Waits until it is said so far behind: a broker's lag may be as it was a moment ago.
+async fn until_lag(log: &Arc<dyn Log>, fine: impl Fn(&Lag) -> bool) -> Lag {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        let lag = log.lag(&branch());
+        if fine(&lag) {
+            return lag;
+        }
+        assert!(std::time::Instant::now() < deadline, "{lag:?}");
         tokio::task::yield_now().await;
     }
 }
@@ -245,7 +315,7 @@ fn closed<T>(verb: &str, answer: Result<T, LogError>) {
     }
 }
 
-/// One test for each case and kind, each with the attribute.
+/// One test for each case, each with the attribute.
 macro_rules! suite {
     ($attribute:tt $name:ident, $kind:ty, $($module:ident: $($case:ident)*;)*) => {
         mod $name {
@@ -254,30 +324,42 @@ macro_rules! suite {
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 # $attribute
                 async fn $case() {
-                    super::$module::$case(<$kind>::start().await).await;
+                    crate::source::conformance::$module::$case(<$kind>::start().await).await;
                 }
             )*)*
         }
     };
 }
 
-/// What every pair does, whoever keeps its log.
-macro_rules! everywhere {
-    ($attribute:tt $name:ident, $kind:ty) => {
+/// What every log does, with a shelf beside it or without.
+macro_rules! logs {
+    ($attribute:tt $kind:ty) => {
         suite! {
-            $attribute $name, $kind,
+            $attribute logs, $kind,
             log:
                 records_come_in_the_order_of_the_log_each_once
                 a_batch_has_as_many_records_and_bytes_as_asked_for
                 a_reader_waits_for_what_comes_and_loses_nothing_when_it_gives_up
                 branches_read_and_settle_apart
                 writes_of_one_call_stand_together_in_their_order
+                what_has_no_end_comes_again_after_a_restart_and_each_key_in_its_order
+                lag_tells_how_much_is_left_and_how_old_it_is
+                ids_rise_with_the_log
+                a_closed_log_says_so_and_answers_whoever_waits;
+        }
+    };
+}
+
+/// What every pair of log and shelf does.
+macro_rules! pairs {
+    ($attribute:tt $kind:ty) => {
+        suite! {
+            $attribute pairs, $kind,
+            log:
                 what_is_entered_in_turn_has_its_place_before_it_is_durable
                 the_same_idempotency_key_is_one_record_and_gives_the_first_answer
                 the_same_key_at_once_is_one_record
-                ids_rise_with_the_log
                 an_idempotency_key_is_exact_within_its_window_and_free_after_it
-                a_closed_log_says_so_and_answers_whoever_waits
                 a_branch_goes_on_under_another_name_and_is_forgotten_whole;
             shelf:
                 what_is_parked_comes_when_it_is_due_in_that_order_and_never_before
@@ -292,20 +374,52 @@ macro_rules! everywhere {
                 a_purged_letter_does_not_come_again
                 a_purge_takes_no_more_than_it_was_told
                 a_pause_outlives_a_restart_until_it_is_cleared
-                marks_outlive_a_restart_until_the_frontier_has_passed
                 a_closed_shelf_says_so;
         }
     };
 }
 
-/// What only a log that walflow keeps itself can do: places of its own choice, look-up in the log, retention, revisions by
-/// place. A broker's log is trimmed by its owner, and nobody can find a record in it by its id.
-macro_rules! at_home {
-    ($name:ident, $kind:ty) => {
+/// What stands by a place in the log outlives a restart. A message of a queue comes under another number then.
+macro_rules! marks {
+    ($attribute:tt $kind:ty) => {
+        suite! { $attribute marks, $kind, shelf: marks_outlive_a_restart_until_the_frontier_has_passed; }
+    };
+}
+
+/// What a broker does for more than one process.
+macro_rules! shared {
+    ($attribute:tt $kind:ty) => {
+        suite! { $attribute shared, $kind, shared: what_two_processes_read_comes_in_order_and_one_goes_on_alone; }
+    };
+}
+
+/// What is promised without a shelf: that nobody is left to believe there is one.
+macro_rules! alone {
+    ($attribute:tt $kind:ty) => {
         suite! {
-            [cfg(test)] $name, $kind,
+            $attribute alone, $kind,
+            alone:
+                what_needs_a_shelf_is_refused
+                a_delay_is_as_long_as_the_log_itself_can_wait
+                a_pause_outlives_a_restart_where_it_is_kept_and_is_over_when_it_is_cleared;
+        }
+    };
+}
+
+/// Where a write is can be asked wherever records have places.
+macro_rules! found {
+    ($attribute:tt $kind:ty) => {
+        suite! { $attribute found, $kind, find: a_write_is_found_on_its_way; }
+    };
+}
+
+/// What only a log that walflow keeps itself can do: places of its own choice, a look-up that knows what was dropped,
+/// retention, revisions by place. A broker's log is trimmed by its owner.
+macro_rules! at_home {
+    ($attribute:tt $kind:ty) => {
+        suite! {
+            $attribute at_home, $kind,
             log:
-                lag_tells_how_much_is_left_and_how_old_it_is
                 a_new_branch_starts_where_it_is_told_and_a_known_one_where_it_stopped
                 a_write_is_found_wherever_it_is
                 epochs_are_numbered_and_kept
@@ -316,14 +430,23 @@ macro_rules! at_home {
     };
 }
 
-everywhere!([cfg(test)] embedded, OnDisk);
-at_home!(embedded_alone, OnDisk);
-everywhere!([cfg(test)] memory, InMemory);
-at_home!(memory_alone, InMemory);
-everywhere!([ignore = "needs PostgreSQL: run tests/run"] postgres_shelf, foreign::OnPostgres);
-everywhere!([ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka, foreign::OnKafka);
-everywhere!([ignore = "needs Redis: run tests/run"] redis_streams, redis::OnRedis);
-// A Redis tells of its lag a moment later.
-suite! { [ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka_lag, foreign::OnKafka,
-    log: lag_tells_how_much_is_left_and_how_old_it_is;
+/// A kind and what it is held to.
+macro_rules! kind {
+    ($attribute:tt $name:ident, $kind:ty: $($part:ident)*) => {
+        mod $name {
+            use super::*;
+            $($part! { $attribute $kind })*
+        }
+    };
 }
+
+kind!([cfg(test)] embedded, OnDisk: logs pairs marks found at_home);
+kind!([cfg(test)] memory, InMemory: logs pairs marks found at_home);
+kind!([ignore = "needs PostgreSQL: run tests/run"] postgres_shelf, foreign::OnPostgres: logs pairs marks found);
+kind!([ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka, foreign::OnKafka<true>: logs pairs marks found shared);
+kind!([ignore = "needs Kafka: run tests/run"] kafka_alone, foreign::OnKafka<false>: logs alone);
+kind!([ignore = "needs Redis: run tests/run"] redis_streams, redis::OnRedis: logs pairs marks found shared);
+kind!([ignore = "needs SQS and PostgreSQL: run tests/run"] sqs_standard, sqs::OnSqs<false, true>: logs pairs shared);
+kind!([ignore = "needs SQS: run tests/run"] sqs_standard_alone, sqs::OnSqs<false, false>: logs alone);
+kind!([ignore = "needs SQS and PostgreSQL: run tests/run"] sqs_fifo, sqs::OnSqs<true, true>: logs pairs shared);
+kind!([ignore = "needs SQS: run tests/run"] sqs_fifo_alone, sqs::OnSqs<true, false>: logs alone);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::shared::Shared;
 use super::{KEY_WINDOW, Kind, clock};
 use crate::clock::Clock;
 use crate::source::foreign::open::Context;
@@ -66,5 +67,11 @@ impl Kind for OnRedis {
 
     fn clock(&self) -> &Clock {
         &self.clock
+    }
+}
+
+impl Shared for OnRedis {
+    async fn another(&self) -> Self {
+        Self::pair(self.namespace.clone(), self.clock.clone()).await
     }
 }

@@ -141,6 +141,7 @@ impl Log for EmbeddedNamespace {
             look_up: true,
             durable: true,
             set_aside: true,
+            pause: true,
             shared: false,
             each_end: false,
         }

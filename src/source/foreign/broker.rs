@@ -10,7 +10,9 @@ use tokio_util::sync::CancellationToken;
 use super::store::Claimed;
 use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
-use crate::source::{AdmitError, BranchName, DeadLetter, IdempotencyKey, Lag, LogError, Reach, Subscription};
+use crate::source::{
+    AdmitError, BranchName, DeadLetter, IdempotencyKey, Lag, LogError, Reach, StoredPause, Subscription,
+};
 
 /// What a broker can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,11 +25,19 @@ pub struct BrokerCaps {
     pub each_end: bool,
     /// Others may write into it, and a part of it can be held until its next record is due.
     pub hold: bool,
+    /// It keeps a pause of a branch.
+    pub pause: bool,
     /// How long it can delay a record itself; `None` = not at all.
     pub delay: Option<Duration>,
+    /// It can be asked for one record.
+    pub look_up: bool,
     /// The largest record that it takes, in bytes; `None` = no limit of its own.
     pub largest_record: Option<u64>,
 }
+
+/// Why [`Broker::locate`] does not say where a record is.
+pub const GAVE_UP: &str =
+    "looking for it among all that came after it took too long and was given up: ask the broker's own tools";
 
 /// Records that a broker was handed: what became of each, in their order.
 pub type Handed = BoxFuture<'static, Vec<Result<Position, AdmitError>>>;
@@ -66,6 +76,8 @@ pub struct Opened {
     pub given: Option<Reach>,
     /// The parts that are read here; `None` = all that there are.
     pub parts: Option<Vec<u16>>,
+    /// The pause that it keeps.
+    pub pause: Option<StoredPause>,
     /// The reader of those parts.
     pub subscription: Box<dyn Subscription>,
     /// Cancelled when the parts are to be others. The broker waits, with a bound, until the subscription is dropped.
@@ -117,6 +129,15 @@ pub trait Broker: Send + Sync {
     /// parts that are not held any more nothing is stored.
     fn progress(&self, branch: &BranchName, frontier: &Reach, ended: &[Position]);
 
+    /// Keeps a pause of a branch that is open, or its end, where the namespace has no shelf; only where
+    /// [`BrokerCaps::pause`] says so. Done when it is durable.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached or refuses: nobody can say then what it keeps.
+    fn pause(&self, _branch: &BranchName, _pause: Option<StoredPause>) -> BoxFuture<'static, Result<(), LogError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Removes what it keeps of a branch.
     ///
     /// # Errors
@@ -140,6 +161,16 @@ pub trait Broker: Send + Sync {
     /// The newest position of each part that this process reads; as it was a second ago or so.
     fn end(&self) -> Reach;
 
+    /// The newest number of each part that was ever given, as far as it is known here; `None` where a log that has lost its end
+    /// gives no number twice, or says so itself.
+    fn numbers(&self) -> Option<Reach> {
+        None
+    }
+
+    /// Numbers up to these were given: none of them stands for another record from now on. To be called before the first
+    /// append.
+    fn were_given(&self, _numbers: &Reach) {}
+
     /// Where the log ends now, as a text that only it reads.
     ///
     /// # Errors
@@ -155,6 +186,27 @@ pub trait Broker: Send + Sync {
         place: &str,
         ids: Vec<RecordId>,
     ) -> BoxFuture<'static, Result<HashMap<RecordId, Position>, LogError>>;
+
+    /// Where a record stands, as long as it is kept; only where [`BrokerCaps::look_up`] says so.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached, and [`GAVE_UP`] when too much would have to be read.
+    fn locate(&self, _id: RecordId) -> BoxFuture<'static, Result<Option<(Position, Arc<Record>)>, LogError>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
+    /// Which of these branches have no end yet for the record at `position`, whichever process runs them; only where
+    /// [`BrokerCaps::look_up`] says so.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached.
+    fn unfinished(
+        &self,
+        _position: Position,
+        _branches: Vec<BranchName>,
+    ) -> BoxFuture<'static, Result<Vec<BranchName>, LogError>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 
     /// Keeps dead letters where the namespace has no shelf; done when they are durable.
     ///

@@ -13,12 +13,11 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::Inner;
+use super::budget::Share;
 use crate::clock::{Clock, Timestamp};
 use crate::source::{Entry, HoldRule, LogError, Subscription};
 
-/// Bytes that wait here of all parts of a branch, about; each has its share.
-const MOST_BYTES: usize = 4 << 20;
-/// A part's share is at least so much, however many there are.
+/// Bytes that may wait of a part, however many parts there are.
 const LEAST_SHARE: usize = 16 << 10;
 
 /// A branch's reader.
@@ -30,6 +29,8 @@ pub(super) struct Holding {
     /// What was written here may not be due either: there is no shelf where it would have waited.
     ours_too: bool,
     parts: BTreeMap<u16, Part>,
+    /// Of all that waits here.
+    share: Share,
     /// The parts that rest at the broker.
     resting: BTreeSet<u16>,
 }
@@ -62,7 +63,16 @@ impl Holding {
         rule: watch::Receiver<Option<HoldRule>>,
         ours_too: bool,
     ) -> Self {
-        Self { subscription, revision, clock, rule, ours_too, parts: BTreeMap::new(), resting: BTreeSet::new() }
+        Self {
+            subscription,
+            revision,
+            clock,
+            rule,
+            ours_too,
+            parts: BTreeMap::new(),
+            share: Share::default(),
+            resting: BTreeSet::new(),
+        }
     }
 
     /// Takes in what came; gives it back where nothing of it has to wait.
@@ -88,6 +98,7 @@ impl Holding {
             } else {
                 let part = self.parts.entry(number).or_default();
                 part.bytes += entry.record.weight();
+                self.share.add(entry.record.weight());
                 part.waiting.push_back(Waiting { due, by_rule, entry });
             }
         }
@@ -106,6 +117,7 @@ impl Holding {
             {
                 let weight = first.entry.record.weight();
                 part.bytes -= weight;
+                self.share.take(weight);
                 bytes += weight;
                 ready.push(first.entry);
             }
@@ -114,9 +126,10 @@ impl Holding {
         ready
     }
 
-    /// Parts of which enough waits here rest; one of which half is gone goes on.
+    /// Each part may fill its own of what the branch may hold. Those of which so much waits rest; one of which half is gone
+    /// goes on.
     fn balance(&mut self) {
-        let share = (MOST_BYTES / self.parts.len().max(1)).max(LEAST_SHARE);
+        let share = (self.share.most() / self.parts.len().max(1)).max(LEAST_SHARE);
         let rests =
             |number: &u16, part: &Part| part.bytes >= if self.resting.contains(number) { share / 2 } else { share };
         let resting: BTreeSet<u16> =
@@ -198,6 +211,7 @@ mod tests {
 
     use super::*;
     use crate::record::{Position, Record};
+    use crate::source::foreign::budget::{Budget, MOST_BYTES, OWN_BYTES};
     use crate::testing::{NEW_YEAR, record};
 
     const HOUR: Duration = Duration::from_secs(3_600);
@@ -345,5 +359,23 @@ mod tests {
         bench.clock.advance(HOUR + Duration::from_secs(8 * 60));
         assert_eq!(bench.now().len(), 8);
         assert!(bench.resting.lock().is_empty(), "it goes on");
+    }
+
+    #[tokio::test]
+    async fn what_waits_is_held_of_the_budget_and_little_waits_when_that_is_spent() {
+        static BUDGET: Budget = Budget::new(1 << 20);
+        let mut others_hold = Share::of(&BUDGET);
+        others_hold.add(1 << 20);
+        let mut bench = bench(Some(after(HOUR)));
+        bench.holding.share = Share::of(&BUDGET);
+        let mut large = others(0, 1, Duration::ZERO);
+        Arc::make_mut(&mut large.record).payload = bytes::Bytes::from(vec![b'x'; OWN_BYTES]);
+        bench.send(vec![large]);
+        assert_eq!(bench.now(), []);
+        assert_eq!(*bench.resting.lock(), BTreeSet::from([0]), "its own little is held");
+        assert!(BUDGET.held() > (1 << 20) + OWN_BYTES);
+        bench.clock.advance(HOUR);
+        assert_eq!(bench.now(), [(0, 1)]);
+        assert_eq!(BUDGET.held(), 1 << 20, "what is due is held here no more");
     }
 }

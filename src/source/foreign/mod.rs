@@ -6,6 +6,8 @@
 
 mod admit;
 pub mod broker;
+pub(in crate::source) mod budget;
+mod find;
 mod hold;
 mod import;
 pub mod open;
@@ -19,6 +21,7 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -31,11 +34,11 @@ use self::admit::Ids;
 use self::broker::{Begin, Broker};
 use self::hold::Holding;
 use self::settle::Settler;
-use self::store::{Store, StoredBranch, StoredEpoch, StoredRecord};
+use self::store::{Store, StoredBranch, StoredEpoch};
 use super::{
     AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Epoch,
-    Fate, Found, HoldRule, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement,
-    Shelf, ShelfCounts, Start, Write,
+    Found, HoldRule, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement, Shelf,
+    ShelfCounts, Start, Write,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
@@ -93,6 +96,8 @@ struct Inner {
     epochs: Mutex<Vec<StoredEpoch>>,
     branches: Mutex<BTreeMap<BranchName, Held>>,
     closed: CancellationToken,
+    /// What the shelf kept was deleted: it is told nothing more.
+    deleted: AtomicBool,
     mover: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
@@ -119,9 +124,12 @@ impl Foreign {
             epochs: Mutex::default(),
             branches: Mutex::default(),
             closed: CancellationToken::new(),
+            deleted: AtomicBool::new(false),
             mover: Mutex::default(),
         });
-        if inner.store.is_some() {
+        if let Some(store) = &inner.store {
+            // What the log has lost while nobody looked is told by who remembers that it was there.
+            inner.broker.were_given(&store.kept_end());
             *inner.mover.lock() = Some(tokio::spawn(release::run(Arc::downgrade(&inner))));
         }
         Self { inner }
@@ -152,6 +160,9 @@ impl Foreign {
         }
         self.inner.broker.close().await;
         if let Some(store) = &self.inner.store {
+            if let Err(error) = self.inner.keep_end(store, &mut Reach::none()).await {
+                tracing::warn!(%error, "the shelf could not be told how far the log has come");
+            }
             store.close().await;
         }
     }
@@ -161,6 +172,7 @@ impl Foreign {
     /// # Errors
     /// When the shelf cannot be reached.
     pub async fn delete(&self) -> Result<(), LogError> {
+        self.inner.deleted.store(true, Ordering::Relaxed);
         for branch in self.branches() {
             self.inner.broker.forget(&branch).await?;
         }
@@ -183,6 +195,15 @@ impl Inner {
 
     fn stored_epochs(&self) -> Vec<StoredEpoch> {
         self.store.as_ref().map_or_else(|| self.epochs.lock().clone(), |store| store.epochs())
+    }
+
+    /// Tells the shelf how far the log has come, unless that was `kept` before.
+    async fn keep_end(&self, store: &Arc<dyn Store>, kept: &mut Reach) -> Result<(), LogError> {
+        let numbers = self.broker.numbers().filter(|end| end != kept && !self.deleted.load(Ordering::Relaxed));
+        let Some(end) = numbers else { return Ok(()) };
+        store.keep_end(end.clone()).await?;
+        *kept = end;
+        Ok(())
     }
 
     /// The number of the newest revision.
@@ -221,7 +242,7 @@ impl Inner {
         }
         let stored = match &self.store {
             Some(store) => store.open_branch(&branch, &opened.cursor, &self.instance).await?,
-            None => StoredBranch::default(),
+            None => StoredBranch { pause: opened.pause, ..StoredBranch::default() },
         };
         let mine = |position: Position| opened.parts.as_ref().is_none_or(|parts| parts.contains(&position.part()));
         let mut ended: Vec<_> = stored.ended.into_iter().filter(|row| mine(row.position)).collect();
@@ -292,9 +313,10 @@ impl Log for Foreign {
             schedule: has_store,
             ordered: broker.ordered,
             exact_keys: self.inner.append_exactly(&[]).is_some(),
-            look_up: false,
+            look_up: broker.look_up,
             durable: broker.durable,
             set_aside: has_store,
+            pause: has_store || broker.pause,
             shared: true,
             each_end: broker.each_end,
         }
@@ -370,25 +392,7 @@ impl Log for Foreign {
     }
 
     fn find(&self, id: RecordId) -> BoxFuture<'static, Result<Option<Found>, LogError>> {
-        let Some(store) = self.inner.store.as_ref().filter(|_| !self.inner.closed.is_cancelled()) else {
-            return ready(self.inner.still_open().map(|()| None)).boxed();
-        };
-        let finding = store.find(id);
-        let names = self.branches();
-        async move {
-            Ok(finding.await?.map(|stored| match stored {
-                StoredRecord::Parked { record, due_at } => Found::Parked { record, due_at },
-                StoredRecord::Cancelled => Found::Cancelled,
-                StoredRecord::Rows { record, position, branches } => {
-                    // Of the others only the broker knows how far they are.
-                    let others = names.into_iter().filter(|name| branches.iter().all(|(known, _)| known != name));
-                    let unknown = || Fate::Finished { after: None, before: None };
-                    let others: Vec<_> = others.map(|name| (name, unknown())).collect();
-                    Found::InLog { record, position, branches: branches.into_iter().chain(others).collect() }
-                }
-            }))
-        }
-        .boxed()
+        Arc::clone(&self.inner).find(id, self.branches()).boxed()
     }
 
     fn put_epoch(&self, files: Bytes) -> BoxFuture<'static, Result<Epoch, LogError>> {

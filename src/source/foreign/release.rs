@@ -11,7 +11,7 @@ use super::Inner;
 use super::store::{Releasing, Store};
 use crate::clock::Timestamp;
 use crate::record::RecordId;
-use crate::source::LogError;
+use crate::source::{LogError, Reach};
 
 /// Records released at once.
 const GROUP: usize = 500;
@@ -28,6 +28,7 @@ const TIDY: Duration = Duration::from_secs(30);
 pub(super) async fn run(inner: Weak<Inner>) {
     let mut wait = BACKOFF.0;
     let mut tidied = tokio::time::Instant::now();
+    let (mut kept, mut kept_at) = (Reach::none(), tokio::time::Instant::now());
     loop {
         let Some(strong) = inner.upgrade() else { return };
         let Some(store) = strong.store.clone() else { return };
@@ -36,7 +37,14 @@ pub(super) async fn run(inner: Weak<Inner>) {
         if tidy {
             tidied = tokio::time::Instant::now();
         }
+        let keep = kept_at.elapsed() >= LOOK;
+        if keep {
+            kept_at = tokio::time::Instant::now();
+        }
         let turn = async {
+            if keep {
+                strong.keep_end(&store, &mut kept).await?;
+            }
             if tidy {
                 strong.tidy(&store).await?;
             }

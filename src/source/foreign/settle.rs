@@ -86,7 +86,7 @@ impl Inner {
             settlements.iter().map(|settlement| (settlement.frontier.clone(), settlement.ended.clone())).collect();
         match &self.store {
             Some(store) => store.settle(branch, settlements).await?,
-            None => self.bury(settlements).await?,
+            None => self.keep(branch, settlements).await?,
         }
         for (frontier, ended) in progress {
             self.broker.progress(branch, &frontier, &ended);
@@ -94,15 +94,22 @@ impl Inner {
         Ok(())
     }
 
-    /// Without a shelf dead letters go to the broker, and pauses and marks live as long as the process.
-    async fn bury(&self, settlements: Vec<Settlement>) -> Result<(), LogError> {
-        let mut letters = Vec::new();
+    /// Without a shelf dead letters go to the broker, and pauses where it keeps them; marks live as long as the process.
+    async fn keep(&self, branch: &BranchName, settlements: Vec<Settlement>) -> Result<(), LogError> {
+        let (mut letters, mut pause) = (Vec::new(), None);
         for settlement in settlements {
             if !settlement.aside.is_empty() {
                 return Err(LogError::Unsupported(super::NO_SHELF));
             }
             letters.extend(settlement.dead);
+            pause = settlement.pause.or(pause);
         }
-        if letters.is_empty() { Ok(()) } else { self.broker.bury(letters).await }
+        if !letters.is_empty() {
+            self.broker.bury(letters).await?;
+        }
+        match pause {
+            Some(pause) if self.broker.caps().pause => self.broker.pause(branch, pause).await,
+            _ => Ok(()),
+        }
     }
 }

@@ -193,6 +193,12 @@ pub trait Store: Send + Sync {
     /// Reads anew what other processes may have changed: branches and epochs.
     fn refresh(&self) -> BoxFuture<'static, Result<(), LogError>>;
 
+    /// Keeps how far the log has come; what was kept before and is further stays.
+    fn keep_end(&self, end: Reach) -> BoxFuture<'static, Result<(), LogError>>;
+
+    /// How far the log had come when this handle was opened, as anybody told [`Store::keep_end`].
+    fn kept_end(&self) -> Reach;
+
     /// Forgets what is over: keys older than their window, ends and marks at or below `cursors`, revisions that neither those
     /// nor any row needs. Called now and then by the mover.
     fn tidy(

@@ -28,6 +28,8 @@ pub(in crate::source) struct MemoryBroker {
     kept: Mutex<Kept>,
     end: watch::Sender<Position>,
     closed: Mutex<CancellationToken>,
+    /// What branches that are opened hear of what they were given.
+    given: Mutex<Option<Reach>>,
     this: Weak<Self>,
 }
 
@@ -37,6 +39,7 @@ impl MemoryBroker {
             kept: Mutex::default(),
             end: watch::Sender::new(Position(0)),
             closed: Mutex::default(),
+            given: Mutex::default(),
             this: Weak::clone(this),
         })
     }
@@ -49,6 +52,11 @@ impl MemoryBroker {
     /// The next appends are done, and their answers are lost.
     pub(in crate::source) fn lose_answers(&self, count: usize) {
         self.kept.lock().lost_answers = count;
+    }
+
+    /// Branches were given so much, and nothing beyond.
+    pub(in crate::source) fn has_given(&self, given: Reach) {
+        *self.given.lock() = Some(given);
     }
 
     /// All that it keeps.
@@ -102,7 +110,16 @@ impl Subscription for Reader {
 
 impl Broker for MemoryBroker {
     fn caps(&self) -> BrokerCaps {
-        BrokerCaps { ordered: true, durable: true, each_end: false, hold: true, delay: None, largest_record: None }
+        BrokerCaps {
+            ordered: true,
+            durable: true,
+            each_end: false,
+            hold: true,
+            pause: false,
+            delay: None,
+            look_up: true,
+            largest_record: None,
+        }
     }
 
     fn durable_note(&self) -> String {
@@ -138,8 +155,9 @@ impl Broker for MemoryBroker {
         let subscription = Reader { broker, after: cursor, end: self.end.subscribe(), closed };
         ready(Ok(Opened {
             cursor: cursor.into(),
-            given: None,
+            given: self.given.lock().clone(),
             parts: None,
+            pause: None,
             subscription: Box::new(subscription),
             moved: CancellationToken::new(),
         }))
@@ -196,6 +214,22 @@ impl Broker for MemoryBroker {
         let kept = self.kept.lock();
         let there = kept.entries.iter().skip(from).filter(|entry| ids.contains(&entry.record.id));
         ready(Ok(there.map(|entry| (entry.record.id, entry.position)).collect())).boxed()
+    }
+
+    fn locate(&self, id: RecordId) -> BoxFuture<'static, Result<Option<(Position, Arc<Record>)>, LogError>> {
+        let kept = self.kept.lock();
+        let found = kept.entries.iter().find(|entry| entry.record.id == id);
+        ready(Ok(found.map(|entry| (entry.position, Arc::clone(&entry.record))))).boxed()
+    }
+
+    fn unfinished(
+        &self,
+        position: Position,
+        branches: Vec<BranchName>,
+    ) -> BoxFuture<'static, Result<Vec<BranchName>, LogError>> {
+        let kept = self.kept.lock();
+        let behind = |branch: &BranchName| kept.cursors.get(branch).is_some_and(|cursor| *cursor < position);
+        ready(Ok(branches.into_iter().filter(behind).collect())).boxed()
     }
 
     fn bury(&self, letters: Vec<DeadLetter>) -> BoxFuture<'static, Result<(), LogError>> {

@@ -8,10 +8,13 @@ use super::store::{Claim, Claimed, Parking, Store};
 use super::testing::MemoryBroker;
 use super::{First, Foreign, Settings};
 use crate::clock::{Clock, Timestamp};
-use crate::record::{Record, RecordId};
+use crate::record::{Position, Record, RecordId};
 use crate::source::postgres::{self, PostgresShelfSpec};
-use crate::source::redis::{self, RedisSourceSpec};
-use crate::source::{Admitted, BranchName, DeadQuery, IdempotencyKey, Log as _, Shelf as _, Start, Write};
+use crate::source::redis::{self, RedisShelfSpec, RedisSourceSpec};
+use crate::source::{
+    Admitted, BranchName, DeadLetter, DeadQuery, DeadReason, IdempotencyKey, Log as _, RowKey, Settlement, Shelf as _,
+    Start, Write,
+};
 
 const NOW: Timestamp = Timestamp::from_millis(1_764_000_000_000);
 const SETTINGS: Settings =
@@ -134,6 +137,103 @@ async fn two_processes_claim_one_key_once_and_one_of_them_releases() {
     assert!(other.lead(after(40)).await.unwrap(), "its lease is over");
 }
 
+fn letter(branch: &BranchName, position: Position, record: Arc<Record>) -> DeadLetter {
+    DeadLetter {
+        row: RowKey { position, child: 0 },
+        branch: branch.clone(),
+        at: NOW,
+        reason: DeadReason::Refused,
+        attempts: 1,
+        last_error: "no\0".into(),
+        stage: "sink".into(),
+        revision: "r".into(),
+        record,
+        rendered: None,
+        overtaken: false,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: run tests/run"]
+async fn rows_beyond_what_the_group_was_ever_given_hide_nothing() {
+    let clock = Clock::manual(NOW);
+    let (broker, context) = (MemoryBroker::new(), context(&clock));
+    let branch = BranchName::new("sink", None);
+    let pair = Foreign::new(Arc::clone(&broker) as _, Some(shelf(&context).await), SETTINGS, clock.clone());
+    let _start = pair.open_branch(&branch, Start::Earliest).await.unwrap();
+    let dead = [1, 2, 3].map(|number| letter(&branch, Position(number), record(1, None)));
+    pair.settle(&branch, Settlement { dead: dead.to_vec(), ..Settlement::default() }).await.unwrap();
+    for (given, hidden) in [(None, vec![1, 2, 3]), (Some(Position(1).into()), vec![1])] {
+        given.into_iter().for_each(|given| broker.has_given(given));
+        let start = pair.open_branch(&branch, Start::Earliest).await.unwrap();
+        let mut ended: Vec<u64> = start.ended.iter().map(|row| row.position.0).collect();
+        ended.sort_unstable();
+        assert_eq!(ended, hidden);
+    }
+    pair.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs Redis and PostgreSQL: run tests/run"]
+async fn what_a_server_lost_while_nobody_looked_is_noticed_by_a_shelf_elsewhere() {
+    let clock = Clock::manual(NOW);
+    let branch = BranchName::new("sink", None);
+    let url = std::env::var("WALFLOW_TEST_REDIS").expect("WALFLOW_TEST_REDIS: run tests/run");
+    for elsewhere in ["postgres", "redis"] {
+        let context = context(&clock);
+        let spec = RedisSourceSpec { url: Some(url.clone()), streams: Some(1), ..RedisSourceSpec::default() };
+        let pair = async || {
+            let store = match elsewhere {
+                "postgres" => shelf(&context).await,
+                _ => {
+                    let place = RedisSourceSpec { prefix: Some("elsewhere".to_owned()), ..spec.clone() };
+                    let spec = RedisShelfSpec::default().beside(&place);
+                    redis::shelf::open(&spec, &context).await.unwrap()
+                }
+            };
+            Foreign::new(redis::open(&spec, &context).unwrap(), Some(store), SETTINGS, clock.clone())
+        };
+        let write = |number| Write { record: (*record(number, None)).clone(), due_at: None, idempotency: None };
+        let first = pair().await;
+        first.admit(vec![write(1), write(2), write(3)]).await.unwrap();
+        let start = first.open_branch(&branch, Start::Earliest).await.unwrap();
+        let dead = [2, 3].map(|number| letter(&branch, Position(number), record(2, None)));
+        first.settle(&branch, Settlement { dead: dead.to_vec(), ..Settlement::default() }).await.unwrap();
+        drop(start);
+        if elsewhere == "postgres" {
+            // As if it were killed: it tells from time to time.
+            let url = std::env::var("WALFLOW_TEST_POSTGRES").unwrap();
+            let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
+            tokio::spawn(connection);
+            let told = "SELECT 1 FROM walflow.ends WHERE ns = $1 AND position = 3";
+            let telling = tokio::time::timeout(PATIENCE, async {
+                while client.query(told, &[&context.namespace.as_str()]).await.unwrap().is_empty() {}
+            });
+            telling.await.expect("the shelf is told how far the log has come");
+            drop(first);
+        } else {
+            first.close().await;
+        }
+        let mut server = ::redis::Client::open(url.as_str()).unwrap().get_connection().unwrap();
+        let stream = format!("walflow:{{{}}}:stream:0", context.namespace);
+        assert_eq!(::redis::cmd("DEL").arg(&stream).query::<u64>(&mut server).unwrap(), 1);
+        let second = pair().await;
+        second.admit(vec![write(4), write(5), write(6)]).await.unwrap();
+        for _ in 0..2 {
+            // The second time the group was given them all: what was remembered of the old ones hides none of the new.
+            let mut start = second.open_branch(&branch, Start::Earliest).await.unwrap();
+            let mut seen = Vec::new();
+            while seen.len() < 3 {
+                seen.extend(start.subscription.next(16, usize::MAX).await.unwrap());
+            }
+            let positions: Vec<u64> = seen.iter().map(|entry| entry.position.0).collect();
+            assert_eq!(positions, [5, 6, 7], "{elsewhere}: numbers 1 to 3 were given before, and 4 says so");
+            assert!(start.ended.iter().all(|row| row.position.0 < 5), "{:?}", start.ended);
+        }
+        second.close().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs PostgreSQL: run tests/run"]
 async fn a_replay_is_heard_by_every_process_that_has_the_branch_open() {
@@ -148,21 +248,9 @@ async fn a_replay_is_heard_by_every_process_that_has_the_branch_open() {
     let mut start = pair.open_branch(&branch, Start::Earliest).await.unwrap();
     let _second = other.open_branch(&branch, Start::Earliest).await.unwrap();
     let entry = start.subscription.next(1, usize::MAX).await.unwrap().remove(0);
-    let row = crate::source::RowKey { position: entry.position, child: 0 };
-    let letter = crate::source::DeadLetter {
-        row,
-        branch: branch.clone(),
-        at: clock.now(),
-        reason: crate::source::DeadReason::Refused,
-        attempts: 1,
-        last_error: "no\0".into(),
-        stage: "sink".into(),
-        revision: "r".into(),
-        record: entry.record,
-        rendered: None,
-        overtaken: false,
-    };
-    let settlement = crate::source::Settlement { dead: vec![letter], ..Default::default() };
+    let letter = letter(&branch, entry.position, entry.record);
+    let row = letter.row;
+    let settlement = Settlement { dead: vec![letter], ..Settlement::default() };
     pair.settle(&branch, settlement).await.unwrap();
     let replayed = pair.replay(DeadQuery { limit: 10, ..DeadQuery::default() }, false).await.unwrap();
     assert_eq!(replayed.replayed, 1);

@@ -3,13 +3,10 @@
 //! The thread polls whether or not anybody reads, so the group sees us alive while a target is away. Each assignment is a
 //! session with a frontier of its own: once its parts are taken away nothing of it is committed any more.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use futures::FutureExt as _;
-use futures::future::BoxFuture;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rdkafka::client::ClientContext;
 use rdkafka::config::FromClientConfigAndContext as _;
@@ -17,17 +14,19 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Message as _, Offset, TopicPartitionList};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use super::message;
+use super::offsets::{self, list};
+use super::parts::Parts;
 use super::resting::Resting;
-use super::session::Session;
+use super::session::{Session, Told};
 use super::topic::first_offset;
 use crate::clock::Timestamp;
 use crate::connection::kafka::{Cluster, Listener, METADATA_TIMEOUT, explain};
 use crate::record::{Position, Record};
 use crate::source::foreign::broker::{Begin, Opened};
-use crate::source::{Entry, LogError, Reach, Subscription};
+use crate::source::{LogError, Reach, StoredPause};
 
 /// How often progress is committed.
 const COMMIT: Duration = Duration::from_millis(250);
@@ -55,23 +54,23 @@ pub(super) struct Shared {
     group: String,
     number: u32,
     listener: Listener,
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
     /// The number of the newest session, which only the thread that polls begins.
     generation: AtomicU64,
     /// For the thread and for callbacks: something changed.
-    changed: Condvar,
+    pub(super) changed: Condvar,
     /// For readers: entries, a session, an error.
-    news: Notify,
+    pub(super) news: Notify,
 }
 
-struct State {
-    session: Option<Session>,
+pub(super) struct State {
+    pub(super) session: Option<Session>,
     /// Where parts begin that the group has never committed.
     begin: Begin,
     /// Why there is no session; whoever opens hears it once, and then it is tried again.
     failed: Option<LogError>,
     rejoin: bool,
-    stopped: bool,
+    pub(super) stopped: bool,
     trouble: Option<String>,
 }
 
@@ -119,16 +118,6 @@ pub(super) fn storage(act: String, error: &KafkaError) -> LogError {
     LogError::Storage { act: act.into(), cause: explain(error).into() }
 }
 
-fn list(topic: &str, reach: &Reach, parts: &[u16]) -> TopicPartitionList {
-    let mut list = TopicPartitionList::new();
-    for part in parts {
-        let (partition, offset) = message::next_offset(reach.of(*part));
-        // A partition of this list that cannot take the offset is none of ours.
-        let _ = list.add_partition_offset(topic, partition, Offset::Offset(offset));
-    }
-    list
-}
-
 impl Shared {
     /// Parts are ours: where do they go on?
     fn assigned(&self, consumer: &BaseConsumer<Callbacks>, parts: &TopicPartitionList) -> KafkaResult<()> {
@@ -159,7 +148,9 @@ impl Shared {
         tracing::info!(group = %self.group, partitions = ?parts, "partitions assigned");
         state.trouble = None;
         self.listener.clear();
-        state.session = Some(Session::new(generation, parts, cursor));
+        let mut session = Session::new(generation, parts, cursor);
+        session.pause = offsets::pause(&committed);
+        state.session = Some(session);
         drop(state);
         self.tell();
         Ok(())
@@ -180,13 +171,26 @@ impl Shared {
         let session = state.session.take();
         drop(state);
         // Of a membership that was lost others may have gone on already.
-        if let Some(session) = session.filter(|_| !consumer.assignment_lost())
-            && session.frontier != session.committed
-            && let Err(error) = consumer.commit(&list(&self.topic, &session.frontier, &session.parts), CommitMode::Sync)
+        if let Some(mut session) = session.filter(|_| !consumer.assignment_lost())
+            && (session.frontier != session.committed || !session.told.is_empty())
         {
-            tracing::warn!(group = %self.group, %error, "the last progress could not be committed; it is made again");
+            let done = consumer.commit(&session.progress_in(&self.topic), CommitMode::Sync);
+            if let Err(error) = &done {
+                tracing::warn!(group = %self.group, %error, "the last progress could not be committed; it is made again");
+            }
+            self.answer(std::mem::take(&mut session.told), &done);
         }
         self.tell();
+    }
+
+    /// Who waits for a pause to be stored hears what became of it.
+    fn answer(&self, told: Vec<Told>, done: &KafkaResult<()>) {
+        for told in told {
+            let failed =
+                |error: &KafkaError| storage(format!("keep a pause beside the offsets of {}", self.group), error);
+            // Nobody waits any more if the branch has ended.
+            let _ = told.send(done.as_ref().copied().map_err(failed));
+        }
     }
 
     fn fail(&self, error: LogError) {
@@ -199,7 +203,7 @@ impl Shared {
         self.tell();
     }
 
-    fn tell(&self) {
+    pub(super) fn tell(&self) {
         self.changed.notify_all();
         self.news.notify_waiters();
     }
@@ -237,6 +241,9 @@ impl Shared {
                     if let Err(error) = consumer.assign(&from) {
                         self.fail(storage(format!("go back in topic {}", self.topic), &error));
                     }
+                }
+                Some(Upkeep::Pause(progress, told)) => {
+                    self.answer(told, &consumer.commit(&progress, CommitMode::Sync));
                 }
                 Some(Upkeep::Commit(progress)) => {
                     if let Err(error) = consumer.commit(&progress, CommitMode::Async) {
@@ -313,10 +320,14 @@ impl Shared {
         if std::mem::take(&mut session.rewind) {
             return Some(Upkeep::Rewind(list(&self.topic, &session.frontier, &session.parts)));
         }
+        if !session.told.is_empty() {
+            let told = std::mem::take(&mut session.told);
+            return Some(Upkeep::Pause(session.progress_in(&self.topic), told));
+        }
         if session.frontier != session.committed && committed.elapsed() >= COMMIT {
             *committed = Instant::now();
             session.committed = session.frontier.clone();
-            return Some(Upkeep::Commit(list(&self.topic, &session.frontier, &session.parts)));
+            return Some(Upkeep::Commit(session.progress_in(&self.topic)));
         }
         None
     }
@@ -386,6 +397,7 @@ impl Shared {
 enum Upkeep {
     Rewind(TopicPartitionList),
     Commit(TopicPartitionList),
+    Pause(TopicPartitionList, Vec<Told>),
 }
 
 impl Member {
@@ -469,6 +481,7 @@ impl Member {
                         cursor: session.frontier.clone(),
                         given: None,
                         parts: Some(session.parts.clone()),
+                        pause: session.pause.clone(),
                         subscription: Box::new(Parts {
                             shared: Arc::clone(&self.shared),
                             generation: session.generation,
@@ -489,6 +502,24 @@ impl Member {
         let mut state = self.shared.state.lock();
         let Some(session) = &mut state.session else { return };
         session.progress(frontier);
+    }
+
+    /// Keeps a pause, or its end, beside the offsets of the parts that are ours; done when the group has it.
+    pub(super) async fn pause(&self, pause: Option<StoredPause>) -> Result<(), LogError> {
+        let failed = |cause: &str| LogError::Storage {
+            act: format!("keep a pause beside the offsets of {}", self.shared.group).into(),
+            cause: cause.into(),
+        };
+        let (told, wait) = oneshot::channel();
+        {
+            let mut state = self.shared.state.lock();
+            let session = state.session.as_mut().filter(|session| !session.parts.is_empty());
+            let session = session.ok_or_else(|| failed("no partition of the topic is read here now"))?;
+            session.pause = pause;
+            session.told.push(told);
+        }
+        self.shared.tell();
+        wait.await.unwrap_or_else(|_| Err(failed("the partitions were taken away")))
     }
 
     /// How far the parts are that are ours, the time of the oldest record that was read and has no end, and what a record of
@@ -528,65 +559,6 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         self.shared.state.lock().stopped = true;
-        self.shared.tell();
-    }
-}
-
-/// The reader of a session.
-struct Parts {
-    shared: Arc<Shared>,
-    generation: u64,
-}
-
-impl Subscription for Parts {
-    fn next(&mut self, max_records: usize, max_bytes: usize) -> BoxFuture<'_, Result<Vec<Entry>, LogError>> {
-        async move {
-            loop {
-                let news = self.shared.news.notified();
-                tokio::pin!(news);
-                news.as_mut().enable();
-                if let Some(entries) = self.take(max_records, max_bytes)? {
-                    return Ok(entries);
-                }
-                news.await;
-            }
-        }
-        .boxed()
-    }
-
-    fn rest(&mut self, parts: &BTreeSet<u16>) {
-        let mut state = self.shared.state.lock();
-        if let Some(session) = state.session.as_mut().filter(|session| session.generation == self.generation) {
-            session.resting.clone_from(parts);
-        }
-    }
-}
-
-impl Parts {
-    fn take(&self, max_records: usize, max_bytes: usize) -> Result<Option<Vec<Entry>>, LogError> {
-        let mut state = self.shared.state.lock();
-        if state.stopped {
-            return Err(LogError::Closed("the group was left".into()));
-        }
-        let Some(session) = state.session.as_mut().filter(|session| session.generation == self.generation) else {
-            return Ok(None);
-        };
-        let was_full = session.is_full();
-        let entries = session.take(max_records, max_bytes);
-        if was_full {
-            self.shared.changed.notify_all();
-        }
-        Ok((!entries.is_empty()).then_some(entries))
-    }
-}
-
-impl Drop for Parts {
-    fn drop(&mut self) {
-        let mut state = self.shared.state.lock();
-        if let Some(session) = state.session.as_mut().filter(|session| session.generation == self.generation) {
-            session.taken = false;
-        }
-        drop(state);
         self.shared.tell();
     }
 }

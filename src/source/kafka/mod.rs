@@ -5,8 +5,11 @@
 
 mod consumer;
 mod message;
+mod offsets;
+mod parts;
 mod producer;
 mod resting;
+mod search;
 mod session;
 mod spec;
 #[cfg(test)]
@@ -26,11 +29,12 @@ use tokio_util::sync::CancellationToken;
 
 use self::consumer::{Member, storage};
 use self::producer::Producer;
+use self::search::Searched;
 pub use self::spec::{KafkaSourceSpec, KafkaStart, TopicsSpec, check, probe};
 use self::topic::TopicFacts;
-use super::foreign::broker::{Begin, Broker, BrokerCaps, Handed, Opened};
+use super::foreign::broker::{self, Begin, Broker, BrokerCaps, Handed, Opened};
 use super::foreign::open::Context;
-use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach};
+use super::{AdmitError, BranchName, DeadLetter, Lag, LogError, Reach, StoredPause};
 use crate::connection::kafka::{Cluster, explain};
 use crate::record::{Position, Record, RecordId};
 
@@ -262,7 +266,16 @@ impl Kafka {
 
 impl Broker for Kafka {
     fn caps(&self) -> BrokerCaps {
-        BrokerCaps { ordered: true, durable: true, each_end: false, hold: true, delay: None, largest_record: None }
+        BrokerCaps {
+            ordered: true,
+            durable: true,
+            each_end: false,
+            hold: true,
+            pause: true,
+            delay: None,
+            look_up: true,
+            largest_record: None,
+        }
     }
 
     fn durable_note(&self) -> String {
@@ -348,6 +361,17 @@ impl Broker for Kafka {
         }
     }
 
+    fn pause(&self, branch: &BranchName, pause: Option<StoredPause>) -> BoxFuture<'static, Result<(), LogError>> {
+        let member = self.branches.lock().get(branch).cloned();
+        async move {
+            match member {
+                Some(member) => member.pause(pause).await,
+                None => Err(LogError::Unsupported("the branch is not open here")),
+            }
+        }
+        .boxed()
+    }
+
     fn forget(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {
         let Some(kafka) = self.this.upgrade() else {
             return ready(Err(LogError::Closed("it was dropped".into()))).boxed();
@@ -426,9 +450,58 @@ impl Broker for Kafka {
         let act = format!("search topic {topic} for records that were under way");
         async move {
             let ids = ids.into_iter().collect();
-            blocking(|| act, move || topic::find_after(&cluster, &topic, &place, &ids, number)).await
+            blocking(|| act, move || search::find_after(&cluster, &topic, &place, &ids, number)).await
         }
         .boxed()
+    }
+
+    fn locate(&self, id: RecordId) -> BoxFuture<'static, Result<Option<(Position, Arc<Record>)>, LogError>> {
+        let (cluster, topic) = (self.cluster.clone(), self.spec.topic.clone());
+        let number = self.context.number;
+        let act = format!("look for {id} in topic {topic}");
+        async move {
+            match blocking(|| act, move || search::locate(&cluster, &topic, id, number)).await? {
+                Searched::Found((position, record)) => Ok(Some((position, Arc::new(record)))),
+                Searched::Nowhere => Ok(None),
+                Searched::GaveUp => Err(LogError::Unsupported(broker::GAVE_UP)),
+            }
+        }
+        .boxed()
+    }
+
+    fn unfinished(
+        &self,
+        position: Position,
+        branches: Vec<BranchName>,
+    ) -> BoxFuture<'static, Result<Vec<BranchName>, LogError>> {
+        let mut unfinished = Vec::new();
+        let mut elsewhere = Vec::new();
+        for branch in branches {
+            let standing = self.branches.lock().get(&branch).map(|member| member.standing().0);
+            match standing.filter(|cursor| cursor.iter().any(|at| at.part() == position.part())) {
+                Some(cursor) if cursor.covers(position) => {}
+                Some(_) => unfinished.push(branch),
+                None => {
+                    let group = self.spec.group(self.context.namespace.as_str(), branch.as_str());
+                    elsewhere.push((branch, group));
+                }
+            }
+        }
+        let (cluster, topic) = (self.cluster.clone(), self.spec.topic.clone());
+        let act = format!("ask how far the consumer groups of topic {topic} are");
+        let asking = blocking(
+            || act,
+            move || {
+                let (partition, next) = message::next_offset(position);
+                for (branch, group) in elsewhere {
+                    if topic::committed(&cluster, &topic, partition, &group)?.is_none_or(|at| at < next) {
+                        unfinished.push(branch);
+                    }
+                }
+                Ok(unfinished)
+            },
+        );
+        asking.boxed()
     }
 
     fn bury(&self, letters: Vec<DeadLetter>) -> BoxFuture<'static, Result<(), LogError>> {

@@ -2,23 +2,16 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use rdkafka::TopicPartitionList;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use super::offsets;
 use crate::clock::Timestamp;
 use crate::record::{Position, Record};
-use crate::source::{Entry, Reach};
-
-/// Bytes that a branch may hold ready whatever others hold.
-const OWN_BYTES: usize = 256 << 10;
-/// Bytes that all branches of the process hold ready, about.
-const ALL_BYTES: usize = 64 << 20;
-/// Bytes that a branch holds ready at most, but for the last turn's.
-const MOST_BYTES: usize = 4 << 20;
-
-/// Bytes that are held ready, over all branches.
-static HELD: AtomicUsize = AtomicUsize::new(0);
+use crate::source::foreign::budget::Share;
+use crate::source::{Entry, LogError, Reach, StoredPause};
 
 pub(super) struct Session {
     pub(super) generation: u64,
@@ -26,7 +19,8 @@ pub(super) struct Session {
     pub(super) frontier: Reach,
     pub(super) committed: Reach,
     queue: VecDeque<Entry>,
-    bytes: usize,
+    /// Of what is in the queue.
+    share: Share,
     /// Read and not behind the frontier, by their time.
     times: VecDeque<(Position, Timestamp)>,
     /// What a record weighs, with an eye to the latest.
@@ -40,7 +34,14 @@ pub(super) struct Session {
     /// The thread has to go back to the frontier.
     pub(super) rewind: bool,
     pub(super) moved: CancellationToken,
+    /// A pause that the group keeps beside its offsets.
+    pub(super) pause: Option<StoredPause>,
+    /// Who waits until that is so.
+    pub(super) told: Vec<Told>,
 }
+
+/// Who waits for a commit.
+pub(super) type Told = oneshot::Sender<Result<(), LogError>>;
 
 impl Session {
     /// One that goes on at `cursor`.
@@ -51,7 +52,7 @@ impl Session {
             committed: cursor.clone(),
             frontier: cursor,
             queue: VecDeque::new(),
-            bytes: 0,
+            share: Share::default(),
             times: VecDeque::new(),
             usual_weight: 0,
             taken: false,
@@ -59,41 +60,41 @@ impl Session {
             resting: BTreeSet::new(),
             rewind: false,
             moved: CancellationToken::new(),
+            pause: None,
+            told: Vec::new(),
         }
     }
 
     /// Forgets what was read.
     pub(super) fn clear(&mut self) {
-        HELD.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+        self.share.clear();
         self.resting.clear();
         self.queue.clear();
         self.times.clear();
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.bytes >= MOST_BYTES || (self.bytes >= OWN_BYTES && HELD.load(Ordering::Relaxed) >= ALL_BYTES)
+        self.share.is_full()
     }
 
     /// One that was full stays paused until then.
     pub(super) const fn is_half_full(&self) -> bool {
-        self.bytes > MOST_BYTES / 2
+        self.share.is_half_full()
     }
 
     /// Adds what came, but for what is not its own and what has ended.
     pub(super) fn push(&mut self, arrived: Vec<(Position, Record)>) {
-        let before = self.bytes;
         for (position, record) in arrived {
             if !self.parts.contains(&position.part()) || self.frontier.covers(position) {
                 continue;
             }
             let weight = record.weight();
-            self.bytes += weight;
+            self.share.add(weight);
             let usual = self.usual_weight;
             self.usual_weight = if usual == 0 { weight as u64 } else { (usual * 15 + weight as u64).div_ceil(16) };
             self.times.push_back((position, record.written_at));
             self.queue.push_back(Entry::new(position, Arc::new(record)));
         }
-        HELD.fetch_add(self.bytes - before, Ordering::Relaxed);
     }
 
     /// Takes up to so many records, and no more once they have so many bytes; none when none is there.
@@ -106,8 +107,7 @@ impl Session {
             bytes += entry.record.weight();
             entries.push(entry);
         }
-        self.bytes -= bytes;
-        HELD.fetch_sub(bytes, Ordering::Relaxed);
+        self.share.take(bytes);
         entries
     }
 
@@ -121,6 +121,11 @@ impl Session {
         }
     }
 
+    /// What the group is to keep.
+    pub(super) fn progress_in(&self, topic: &str) -> TopicPartitionList {
+        offsets::noted(topic, &self.frontier, &self.parts, self.pause.as_ref())
+    }
+
     /// The time of the oldest record that was read and has no end.
     pub(super) fn oldest(&self) -> Option<Timestamp> {
         self.times.front().map(|(_, at)| *at)
@@ -129,7 +134,36 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.clear();
         self.moved.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::source::foreign::budget::{Budget, OWN_BYTES};
+    use crate::testing::record;
+
+    #[test]
+    fn what_is_read_and_not_taken_is_held_of_the_budget() {
+        static BUDGET: Budget = Budget::new(1 << 20);
+        let mut others = Share::of(&BUDGET);
+        others.add(1 << 20);
+        let mut session = Session::new(1, vec![0], Reach::none());
+        session.share = Share::of(&BUDGET);
+        let mut next = 0;
+        while !session.is_full() {
+            next += 1;
+            let record = Record { payload: Bytes::from(vec![b'x'; 10_000]), ..record("") };
+            session.push(vec![(Position::in_part(0, next), record)]);
+        }
+        let held = BUDGET.held() - (1 << 20);
+        assert!((OWN_BYTES..OWN_BYTES + 20_000).contains(&held), "{held} bytes are its own little");
+        session.take(1, usize::MAX);
+        assert!(!session.is_full() && BUDGET.held() < (1 << 20) + held);
+        drop(session);
+        assert_eq!(BUDGET.held(), 1 << 20);
     }
 }

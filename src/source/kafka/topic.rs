@@ -1,8 +1,8 @@
-//! The topic: is it there, how is it kept, where does it end, and what stands after a place.
+//! The topic: is it there, how is it kept, where does it end, and how far have groups come.
 //!
 //! All calls here block; they run on threads for that.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,13 +11,11 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
-use super::message;
 use crate::clock::Timestamp;
 use crate::connection::kafka::{Cluster, Listener, METADATA_TIMEOUT, Shared, explain};
 use crate::connection::probe::Probed;
-use crate::record::{Position, RecordId};
 use crate::source::foreign::broker::Begin;
 
 /// How long a client may take to say why a call failed.
@@ -75,7 +73,7 @@ pub(super) fn observer(cluster: &Cluster) -> Result<Arc<Observer>, KafkaError> {
     OBSERVERS.get(cluster.clone(), || observer_of(cluster, &reader(cluster)))
 }
 
-fn observer_of(cluster: &Cluster, config: &ClientConfig) -> Result<Observer, KafkaError> {
+pub(super) fn observer_of(cluster: &Cluster, config: &ClientConfig) -> Result<Observer, KafkaError> {
     Observer::from_config_and_context(config, Listener::new(cluster))
 }
 
@@ -98,7 +96,7 @@ pub(super) fn told(client: &Observer, error: &KafkaError) -> String {
     listener.explain(error)
 }
 
-fn reader(cluster: &Cluster) -> ClientConfig {
+pub(super) fn reader(cluster: &Cluster) -> ClientConfig {
     let mut config = cluster.config();
     config.set("group.id", "walflow-observer").set("enable.auto.commit", "false");
     config.set("auto.offset.reset", "error").set("queued.max.messages.kbytes", "2048");
@@ -220,62 +218,6 @@ pub(super) fn offsets_of(place: &str) -> BTreeMap<i32, i64> {
     place.split(',').filter_map(pair).collect()
 }
 
-/// Which of the records stand at or after the place, up to the end as it is now.
-pub(super) fn find_after(
-    cluster: &Cluster,
-    topic: &str,
-    place: &str,
-    ids: &HashSet<RecordId>,
-    number: u32,
-) -> Result<HashMap<RecordId, Position>, KafkaError> {
-    let client = observer_of(cluster, &reader(cluster))?;
-    let from = offsets_of(place);
-    let partitions = look(&client, topic)?.map(|facts| facts.partitions).unwrap_or_default();
-    let mut left: BTreeMap<i32, i64> = BTreeMap::new();
-    let mut wanted = TopicPartitionList::new();
-    for (partition, end) in ends(&client, topic, &partitions)? {
-        let low = client.fetch_watermarks(topic, partition, METADATA_TIMEOUT)?.0;
-        let start = from.get(&partition).copied().unwrap_or(low).max(low);
-        if start < end {
-            wanted.add_partition_offset(topic, partition, Offset::Offset(start))?;
-            left.insert(partition, end);
-        }
-    }
-    let mut found = HashMap::new();
-    client.assign(&wanted)?;
-    let mut heard = Instant::now();
-    while !left.is_empty() && found.len() < ids.len() {
-        match client.poll(Duration::from_millis(200)) {
-            Some(Ok(message)) => {
-                heard = Instant::now();
-                let position = message::position(message.partition(), message.offset());
-                let id = message::record(&message, number).id;
-                if ids.contains(&id) {
-                    found.insert(id, position);
-                }
-                if left.get(&message.partition()).is_some_and(|end| message.offset() + 1 >= *end) {
-                    left.remove(&message.partition());
-                }
-            }
-            Some(Err(error)) => return Err(error),
-            None => {
-                // Markers of transactions take offsets that no record has: the position tells that the end is reached.
-                for part in client.position()?.elements() {
-                    if let (Offset::Offset(at), Some(end)) = (part.offset(), left.get(&part.partition()).copied())
-                        && at >= end
-                    {
-                        left.remove(&part.partition());
-                    }
-                }
-                if heard.elapsed() > METADATA_TIMEOUT {
-                    return Err(KafkaError::MessageConsumption(RDKafkaErrorCode::OperationTimedOut));
-                }
-            }
-        }
-    }
-    Ok(found)
-}
-
 /// The next offset of a partition for a group that has committed none.
 pub(super) fn first_offset<C: ConsumerContext>(
     client: &BaseConsumer<C>,
@@ -294,7 +236,7 @@ pub(super) fn first_offset<C: ConsumerContext>(
 }
 
 /// The offset of the first record of a partition that is as late as `time`; `None` = there is none.
-fn first_since<C: ConsumerContext>(
+pub(super) fn first_since<C: ConsumerContext>(
     client: &BaseConsumer<C>,
     topic: &str,
     partition: i32,
@@ -387,7 +329,7 @@ pub(super) fn group_faults(cluster: &Cluster, topic: &str, partitions: &[i32], g
     wrong
 }
 
-/// Gives a group the committed offsets of another one.
+/// Gives a group the committed offsets of another one, with what stands beside them.
 pub(super) fn copy_offsets(
     cluster: &Cluster,
     topic: &str,
@@ -403,11 +345,31 @@ pub(super) fn copy_offsets(
     let mut known = TopicPartitionList::new();
     for part in committed.elements() {
         if let Offset::Offset(_) = part.offset() {
-            known.add_partition_offset(topic, part.partition(), part.offset())?;
+            let mut same = known.add_partition(topic, part.partition());
+            same.set_offset(part.offset())?;
+            same.set_metadata(part.metadata());
         }
     }
     if known.count() == 0 {
         return Ok(());
     }
     member(cluster, to)?.commit(&known, CommitMode::Sync)
+}
+
+/// The offset that a group reads next in a partition; `None` = it has committed none.
+pub(super) fn committed(
+    cluster: &Cluster,
+    topic: &str,
+    partition: i32,
+    group: &str,
+) -> Result<Option<i64>, KafkaError> {
+    let mut wanted = TopicPartitionList::new();
+    wanted.add_partition(topic, partition);
+    let found = member(cluster, group)?.committed_offsets(wanted, METADATA_TIMEOUT)?;
+    let Some(part) = found.elements().into_iter().next() else { return Ok(None) };
+    part.error()?;
+    Ok(match part.offset() {
+        Offset::Offset(next) => Some(next),
+        _ => None,
+    })
 }

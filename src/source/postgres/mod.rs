@@ -4,6 +4,7 @@ mod branch;
 mod counts;
 mod database;
 mod dead;
+mod ends;
 mod keys;
 mod parked;
 mod rows;
@@ -163,11 +164,13 @@ pub async fn open(spec: &PostgresShelfSpec, context: &Context) -> Result<Arc<dyn
         holder: format!("{}/{:016x}", std::process::id(), fastrand::u64(..)),
         branches: Mutex::default(),
         epochs: Mutex::default(),
+        end: Mutex::default(),
         counts: Mutex::default(),
         replays: Mutex::default(),
         closed: CancellationToken::new(),
     });
     shelf.database.in_time(shelf.refresh()).await?;
+    shelf.database.in_time(shelf.read_end()).await?;
     shelf.database.in_time(shelf.count()).await?;
     tokio::spawn(counts::keep(Arc::downgrade(&shelf)));
     Ok(Arc::new(PostgresShelf(shelf)))
@@ -186,6 +189,8 @@ struct Inner {
     news: Arc<News>,
     branches: Mutex<BTreeSet<BranchName>>,
     epochs: Mutex<Vec<StoredEpoch>>,
+    /// How far the log had come when this was opened.
+    end: Mutex<Reach>,
     counts: Mutex<ShelfCounts>,
     /// Up to which replay each branch has been told.
     replays: Mutex<BTreeMap<BranchName, i64>>,
@@ -315,6 +320,14 @@ impl Store for PostgresShelf {
 
     fn refresh(&self) -> BoxFuture<'static, Result<(), LogError>> {
         self.run(|inner| async move { inner.refresh().await })
+    }
+
+    fn keep_end(&self, end: Reach) -> BoxFuture<'static, Result<(), LogError>> {
+        self.run(move |inner| async move { inner.keep_end(&end).await })
+    }
+
+    fn kept_end(&self) -> Reach {
+        self.0.end.lock().clone()
     }
 
     fn tidy(

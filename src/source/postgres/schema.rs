@@ -55,11 +55,27 @@ CREATE TABLE {schema}.leases (ns text PRIMARY KEY, holder text NOT NULL, until b
 ALTER TABLE {schema}.aside ADD COLUMN epoch bigint NOT NULL DEFAULT 0;
 ALTER TABLE {schema}.dead ADD COLUMN epoch bigint NOT NULL DEFAULT 0;
 ",
+    // How far the log has come, part by part.
+    "
+CREATE TABLE {schema}.ends (ns text NOT NULL, part integer NOT NULL, position bigint NOT NULL, PRIMARY KEY (ns, part));
+",
 ];
 
 /// Every table with rows of a namespace.
-pub(super) const TABLES: &[&str] =
-    &["parked", "cancelled", "keys", "branches", "holds", "aside", "dead", "tombstones", "marks", "epochs", "leases"];
+pub(super) const TABLES: &[&str] = &[
+    "parked",
+    "cancelled",
+    "keys",
+    "branches",
+    "holds",
+    "aside",
+    "dead",
+    "tombstones",
+    "marks",
+    "epochs",
+    "leases",
+    "ends",
+];
 
 /// The lock under which the tables are made, so that two who start at once do not both make them.
 const LOCK: i64 = 0x7761_6c66_6c6f_7701;

@@ -1,7 +1,8 @@
 //! A branch as a consumer group on each stream: the streams that are ours by lease, the reader, and the acknowledgements.
 //!
-//! All processes use the one consumer name of the group, so what one leaves behind is the pending list of the next, and no
-//! claiming is needed. The lease says whose turn it is, and every script that reads or acknowledges looks at it.
+//! All processes use the one consumer name of the group, so what one leaves behind is the pending list of the next. The lease
+//! says whose turn it is, and every script that reads or acknowledges looks at it. What was read under any other name (by
+//! hand, by another program) is taken over: see [`claim`](super::claim).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use super::claim;
 use super::ends::Ends;
 use super::fence;
 use super::link::{Call, Failed, Link};
@@ -31,7 +33,7 @@ use crate::source::{Entry, Lag, LogError, Reach, Subscription};
 /// A hold that is not renewed for so long has ended.
 const LEASE: Duration = Duration::from_secs(10);
 /// How often it is renewed, and looked whether streams are to move.
-pub(super) const RENEW: Duration = Duration::from_secs(1);
+const RENEW: Duration = Duration::from_secs(1);
 /// One that could not be renewed for so long counts as lost here, well before others may take it.
 const SURE: Duration = Duration::from_secs(8);
 /// Acknowledgements wait for others so long.
@@ -151,11 +153,25 @@ impl Shared {
                      everything that the stream holds now"
                 );
             }
+            if group.others > 0 {
+                tracing::warn!(
+                    stream = self.names.stream(*part), group = %self.group, entries = group.others,
+                    "entries are pending for other consumers of the group: they are taken over"
+                );
+                claim::take_over(self, &self.link, *part, 0).await?;
+            }
             self.ends.at_least(*part, group.end);
             self.state.lock().known.insert(*part);
             found.push((*part, group.cursor, group.given));
         }
         Ok(found)
+    }
+
+    pub(super) fn tell_lost(&self, part: u16, entry: u64) {
+        tracing::error!(
+            stream = self.names.stream(part), group = %self.group, entry,
+            "a record is lost: it was pending and its entry was removed from the stream by somebody else"
+        );
     }
 
     fn tell(&self) {
@@ -283,7 +299,7 @@ impl Shared {
                     }
                     let waits = self.state.lock().session.as_ref().is_some_and(Session::has_acks);
                     if waits {
-                        self.flush().await;
+                        timeout_at(*renewed + SURE, self.flush()).await.map_err(|_| self.silent())?;
                     }
                 }
                 Err(failed) => {
@@ -371,6 +387,8 @@ pub(super) struct Group {
     given: u64,
     cursor: u64,
     end: u64,
+    /// Entries that are pending for other consumers than ours.
+    others: u64,
 }
 
 /// Makes a group if there is none.
@@ -391,12 +409,12 @@ pub(super) async fn begin_group(
     let answer = link.script(&call, true).await?;
     let wrong =
         |what: String| Failed::Refused(format!("{}: stream {}: {what}", link.shown(), names.stream(part)).into());
-    let (made, given, pending, end): (u8, String, String, String) =
+    let (made, given, pending, end, others): (u8, String, String, String, u64) =
         redis::from_redis_value(answer).map_err(|error| wrong(error.to_string()))?;
     let number = |id: &str| names::offset(id).ok_or_else(|| wrong("it holds entries of another program".to_owned()));
     let given = number(&given)?;
     let cursor = if pending.is_empty() { given } else { number(&pending)?.saturating_sub(1) };
-    Ok(Group { made: made == 1, given, cursor, end: number(&end)? })
+    Ok(Group { made: made == 1, given, cursor, end: number(&end)?, others })
 }
 
 impl Member {
@@ -455,6 +473,7 @@ impl Member {
                         cursor: session.frontier.clone(),
                         given: Some(session.given()),
                         parts: Some(session.parts()),
+                        pause: None,
                         moved: session.moved.clone(),
                         subscription: Box::new(Parts {
                             shared: Arc::clone(shared),
@@ -541,9 +560,11 @@ impl Subscription for Parts {
                         return Err(LogError::Closed("the group was left".into()));
                     }
                     let mine = |session: &&mut Session| {
-                        session.generation == self.generation && session.reader == Some(self.reader)
+                        session.generation == self.generation
+                            && session.reader == Some(self.reader)
+                            && !session.moved.is_cancelled()
                     };
-                    // Of a session that has ended nothing comes any more; `moved` says so.
+                    // Of a hold that has ended nothing comes any more; `moved` says so.
                     let entries =
                         state.session.as_mut().filter(mine).map(|session| session.take(max_records, max_bytes));
                     if let Some(entries) = entries.filter(|entries| !entries.is_empty()) {

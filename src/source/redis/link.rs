@@ -26,8 +26,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 /// … up to this.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
-/// A reader waits for news so long at a time.
-pub(super) const BLOCK: Duration = Duration::from_secs(2);
+/// A reader waits for news so long at a time, or half the longest wait for an answer if that is shorter.
+const BLOCK: Duration = Duration::from_secs(2);
 
 /// Why there is no answer.
 #[derive(Clone, Debug)]
@@ -140,11 +140,6 @@ struct Known {
     warned: Option<String>,
 }
 
-/// Errors after which another server may have to be found.
-fn is_of_the_place(code: &str) -> bool {
-    ["READONLY", "LOADING", "MASTERDOWN", "NOMASTERLINK"].contains(&code)
-}
-
 impl Link {
     pub(super) fn new(address: Address, timeout: Duration, strict: bool) -> Self {
         crate::connection::tls::provider();
@@ -189,19 +184,25 @@ impl Link {
         }
     }
 
-    async fn connect(&self, answer: Duration) -> RedisResult<MultiplexedConnection> {
+    async fn connect(&self) -> RedisResult<MultiplexedConnection> {
         let config =
-            AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(answer));
+            AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT)).set_response_timeout(Some(self.timeout));
         // Sentinels are asked one after the other, each with a wait of its own.
         let client = tokio::time::timeout(CONNECT * 2, self.client()).await;
         let client = client.map_err(|_| RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut)))??;
         client.get_multiplexed_async_connection_with_config(&config).await
     }
 
-    /// A connection for a reader that blocks.
-    pub(super) async fn blocking(&self) -> Result<MultiplexedConnection, Failed> {
-        let failed = |error: RedisError| Failed::Unreached(format!("{}: {}", self.shown, explain(&error)).into());
-        self.connect(BLOCK + self.timeout).await.map_err(failed)
+    /// For how long the server may let a command wait, so that its answer is there in time.
+    pub(super) fn block(&self) -> Duration {
+        BLOCK.min(self.timeout / 2)
+    }
+
+    /// Errors after which another server may have to be found.
+    fn is_of_the_place(&self, code: &str) -> bool {
+        let has_replicas = matches!(self.address, Address::Sentinels { .. });
+        // A master that was cut off from its replicas may have been replaced.
+        ["READONLY", "LOADING", "MASTERDOWN", "NOMASTERLINK"].contains(&code) || (has_replicas && code == "NOREPLICAS")
     }
 
     /// The connection, made if there is none.
@@ -216,7 +217,7 @@ impl Link {
             return Err(Failed::Unreached(Arc::clone(why)));
         }
         let made = async {
-            let mut connection = self.connect(self.timeout).await.map_err(|error| explain(&error))?;
+            let mut connection = self.connect().await.map_err(|error| explain(&error))?;
             let settings = facts::ask(&mut connection).await.map_err(|error| explain(&error))?;
             if let Some(why) = facts::too_old(settings.version) {
                 return Err(why);
@@ -268,13 +269,21 @@ impl Link {
         }
     }
 
+    /// Lets the connection go: the next is to the server that is the right one then.
+    pub(super) async fn let_go(&self) {
+        self.state.lock().await.open = None;
+    }
+
     /// Runs a pipeline; gives each command's result, or one failure for all.
     pub(super) async fn run(&self, open: &Open, pipeline: &mut Pipeline) -> Result<Vec<RedisResult<Value>>, Failed> {
         let mut connection = open.connection.clone();
         let answers: RedisResult<Vec<RedisResult<Value>>> = pipeline.ignore_errors().query_async(&mut connection).await;
         match answers {
             Ok(answers) => {
-                let moved = answers.iter().filter_map(|answer| answer.as_ref().err()?.code()).any(is_of_the_place);
+                let moved = answers
+                    .iter()
+                    .filter_map(|answer| answer.as_ref().err()?.code())
+                    .any(|code| self.is_of_the_place(code));
                 if moved {
                     self.drop_open(open.number).await;
                 }

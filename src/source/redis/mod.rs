@@ -3,8 +3,14 @@
 //! Entries are numbered 0-1, 0-2, … by the server, so a position says the stream and the place in it. Durable means what the
 //! server's own settings make of it: see [`facts`]. A failover to a replica can lose what was confirmed: replication is not
 //! waited for.
+//!
+//! What a server has lost (a failover, an older file, FLUSHALL) is told with an alarm, and its numbers are used by nothing
+//! else, where somebody remembers them: a process that runs, or a shelf on another server, which is told every few seconds
+//! and at the end how far the streams have come. Nothing can be noticed of what is lost between two processes where the shelf is
+//! on the same server or there is none, nor of what came in the last seconds before all processes were killed.
 
 mod append;
+mod claim;
 mod ends;
 mod facts;
 mod fence;
@@ -14,18 +20,19 @@ mod link;
 mod names;
 mod reader;
 mod scripts;
+mod search;
 mod session;
 pub mod shelf;
 mod spec;
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, ready};
 use parking_lot::Mutex;
-use redis::{Pipeline, Value};
+use redis::Pipeline;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -37,7 +44,7 @@ use self::link::{Call, Failed, Link};
 use self::names::Names;
 use self::scripts::{FORGET, LOOK, RENAME};
 pub use self::spec::{Durability, RedisShelfSpec, RedisSourceSpec, SentinelSpec, check, check_shelf};
-use super::foreign::broker::{Begin, Broker, BrokerCaps, Exactly, Handed, HandedExactly, Opened};
+use super::foreign::broker::{self, Begin, Broker, BrokerCaps, Exactly, Handed, HandedExactly, Opened};
 use super::foreign::open::{Context, SpecFault};
 use super::{AdmitError, BranchName, DeadLetter, IdempotencyKey, Lag, LogError, Reach};
 use crate::connection::probe::Probed;
@@ -52,8 +59,6 @@ const KEEP: Duration = Duration::from_secs(30);
 const KEEP_BYTES: u64 = 64 << 20;
 /// What an entry takes about, before anything is known.
 const USUAL: u64 = 512;
-/// Entries in one page of a search.
-const PAGE: usize = 256;
 /// The largest record: a server takes arguments up to 512 MiB.
 const LARGEST: u64 = 256 << 20;
 
@@ -257,42 +262,6 @@ impl Streams {
             _ => ready(Err(LogError::Closed("the log is closing".into()))).boxed(),
         }
     }
-
-    async fn find_in(
-        &self,
-        part: u16,
-        after: u64,
-        ids: &HashSet<RecordId>,
-        found: &mut HashMap<RecordId, Position>,
-    ) -> Result<(), Failed> {
-        let mut after = after;
-        loop {
-            let open = self.link.open().await?;
-            let mut pipeline = Pipeline::new();
-            pipeline
-                .cmd("XRANGE")
-                .arg(self.names.stream(part))
-                .arg(format!("(0-{after}"))
-                .arg("+")
-                .arg("COUNT")
-                .arg(PAGE);
-            let answer = self.link.run(&open, &mut pipeline).await?.into_iter().next();
-            let answer = self.link.answer(answer.unwrap_or(Ok(Value::Nil)))?;
-            let page: Vec<(String, Vec<Vec<u8>>)> = redis::from_redis_value(answer)
-                .map_err(|error| Failed::Refused(format!("{}: {error}", self.link.shown()).into()))?;
-            for (id, fields) in &page {
-                let Some(offset) = names::offset(id) else { continue };
-                after = after.max(offset);
-                let known = fields.get(1).and_then(|body| Record::peek_id(body));
-                if let Some(known) = known.filter(|known| ids.contains(known)) {
-                    found.insert(known, Position::in_part(part, offset));
-                }
-            }
-            if page.len() < PAGE || found.len() == ids.len() {
-                return Ok(());
-            }
-        }
-    }
 }
 
 impl Broker for Streams {
@@ -302,7 +271,9 @@ impl Broker for Streams {
             durable: self.durable,
             each_end: true,
             hold: false,
+            pause: false,
             delay: None,
+            look_up: true,
             largest_record: Some(LARGEST),
         }
     }
@@ -415,6 +386,15 @@ impl Broker for Streams {
         self.names.parts().map(|part| Position::in_part(part, self.ends.of(part))).collect()
     }
 
+    fn numbers(&self) -> Option<Reach> {
+        Some(self.end())
+    }
+
+    fn were_given(&self, numbers: &Reach) {
+        // Whoever writes or reads first finds where the streams end before that, says so, and goes on behind it.
+        numbers.iter().for_each(|number| self.ends.at_least(number.part(), number.offset()));
+    }
+
     fn place(&self) -> BoxFuture<'static, Result<Arc<str>, LogError>> {
         self.with(|streams| async move {
             let looked = look(&streams.link, &streams.names, &[]).await;
@@ -431,15 +411,29 @@ impl Broker for Streams {
     ) -> BoxFuture<'static, Result<HashMap<RecordId, Position>, LogError>> {
         let place = place.to_owned();
         self.with(|streams| async move {
-            let ids: HashSet<RecordId> = ids.into_iter().collect();
-            let mut found = HashMap::new();
-            for part in streams.names.parts().take_while(|_| !ids.is_empty()) {
-                streams
-                    .find_in(part, names::in_place(&place, part), &ids, &mut found)
-                    .await
-                    .map_err(|failed| failed.storage("search the streams for records that were under way"))?;
-            }
-            Ok(found)
+            let done = search::find_after(&streams.link, &streams.names, &place, &ids).await;
+            done.map_err(|failed| failed.storage("search the streams for records that were under way"))
+        })
+    }
+
+    fn locate(&self, id: RecordId) -> BoxFuture<'static, Result<Option<(Position, Arc<Record>)>, LogError>> {
+        self.with(move |streams| async move {
+            let searching = search::locate(&streams.link, &streams.names, id);
+            let Ok(done) = tokio::time::timeout(search::LONGEST, searching).await else {
+                return Err(LogError::Unsupported(broker::GAVE_UP));
+            };
+            done.map_err(|failed| failed.storage(format!("look for {id} in the streams")))
+        })
+    }
+
+    fn unfinished(
+        &self,
+        position: Position,
+        branches: Vec<BranchName>,
+    ) -> BoxFuture<'static, Result<Vec<BranchName>, LogError>> {
+        self.with(move |streams| async move {
+            let asked = search::unfinished(&streams.link, &streams.names, position, branches).await;
+            asked.map_err(|failed| failed.storage("ask how far the consumer groups are"))
         })
     }
 

@@ -70,7 +70,8 @@ return 1
 );
 
 /// Makes a branch's group on a stream if there is none. KEYS: stream. ARGV: group, where it begins (`0`, `$` or a number).
-/// Gives 1 if it was made, the last id given to the group, its first pending id or '', and the stream's last id.
+/// Gives 1 if it was made, the last id given to the group, its first pending id or '', the stream's last id, and how many are
+/// pending for other consumers.
 pub(super) static BEGIN: Text = Text::new(
     r"
 local function last_of(key)
@@ -100,7 +101,32 @@ for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
   if fields['name'] == ARGV[1] then given = fields['last-delivered-id'] end
 end
 local pending = redis.call('XPENDING', KEYS[1], ARGV[1])
-return { made, given, pending[2] or '', last_of(KEYS[1]) }
+local others = 0
+for _, consumer in ipairs(pending[4] or {}) do
+  if consumer[1] ~= 'walflow' then others = others + tonumber(consumer[2]) end
+end
+return { made, given, pending[2] or '', last_of(KEYS[1]), others }
+",
+);
+
+/// Which of some groups have not finished with an entry. KEYS: stream. ARGV: the entry's number, groups.
+pub(super) static UNFINISHED: Text = Text::new(
+    r"
+local out, at = {}, '0-' .. ARGV[1]
+if redis.call('EXISTS', KEYS[1]) == 0 then return out end
+local given = {}
+for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+  local fields = {}
+  for i = 1, #group, 2 do fields[group[i]] = group[i + 1] end
+  given[fields['name']] = tonumber(string.match(fields['last-delivered-id'], '%-(%d+)$'))
+end
+for i = 2, #ARGV do
+  local last = given[ARGV[i]]
+  if last and (last < tonumber(ARGV[1]) or #redis.call('XPENDING', KEYS[1], ARGV[i], at, at, 1) > 0) then
+    out[#out + 1] = ARGV[i]
+  end
+end
+return out
 ",
 );
 
@@ -128,9 +154,22 @@ return out
 ",
 );
 
+/// Takes over some of what is pending for whatever consumer, if the stream is still held.
+/// KEYS: lease, stream. ARGV: token, group, where to begin. Gives where to go on (`0-0` = that was all), and what was pending
+/// though its entry is gone.
+pub(super) static CLAIM: Text = Text::new(
+    r"
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('NOTHELD the hold on ' .. KEYS[1] .. ' has ended') end
+local found = redis.call('XAUTOCLAIM', KEYS[2], ARGV[2], 'walflow', '0', ARGV[3], 'COUNT', '500', 'JUSTID')
+return { found[1], found[3] }
+",
+);
+
 /// Reads as a group, if every stream is still held and the group is not behind what it was given.
 /// KEYS: leases, then streams. ARGV: token, group, most entries a stream, then for each stream where to read, then for each the
 /// newest number that the group was given.
+/// Gives the streams of which others have read as this group, each with the newest number that it was given; if there are none,
+/// also what was read.
 pub(super) static FETCH: Text = Text::new(
     r"
 local count = #KEYS / 2
@@ -141,6 +180,7 @@ for i = 1, count do
     return redis.error_reply('NOTHELD the hold on ' .. KEYS[i] .. ' has ended')
   end
 end
+local others = {}
 local read = { 'XREADGROUP', 'GROUP', ARGV[2], 'walflow', 'COUNT', ARGV[3], 'STREAMS' }
 for i = 1, count do
   for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[count + i])) do
@@ -152,12 +192,15 @@ for i = 1, count do
         return redis.error_reply(string.format('WENTBACK group %s of %s was given entries up to 0-%s, and the server says 0-%.0f',
           ARGV[2], KEYS[count + i], ARGV[3 + count + i], given))
       end
+      -- What others were given comes before what is new.
+      if given > tonumber(ARGV[3 + count + i]) and ARGV[3 + i] == '>' then others[#others + 1] = { i, given } end
     end
   end
   read[#read + 1] = KEYS[count + i]
 end
+if #others > 0 then return { others, false } end
 for i = 1, count do read[#read + 1] = ARGV[3 + i] end
-return redis.call(unpack(read))
+return { others, redis.call(unpack(read)) }
 ",
 );
 

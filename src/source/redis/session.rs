@@ -2,25 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Timestamp;
 use crate::record::{Position, Record};
+use crate::source::foreign::budget::{MOST_BYTES, Share};
 use crate::source::{Entry, Reach};
 
-/// Bytes that a branch may hold ready whatever others hold.
-const OWN_BYTES: usize = 256 << 10;
-/// Bytes that all branches of the process hold ready, about.
-const ALL_BYTES: usize = 64 << 20;
-/// Bytes that a branch holds ready at most.
-const MOST_BYTES: usize = 4 << 20;
 /// Entries of one stream in one answer at most.
 const PAGE: usize = 256;
-
-/// Bytes that are held ready, over all branches.
-static HELD: AtomicUsize = AtomicUsize::new(0);
 
 /// One stream.
 #[derive(Clone, Debug)]
@@ -33,6 +24,8 @@ struct Part {
     pending_after: Option<u64>,
     /// The group goes on after this entry, which it has not read.
     set: Option<u64>,
+    /// Up to where others read, and how many of those entries did not come to us yet: while the pending list is gone through.
+    others: Option<(u64, u64)>,
 }
 
 /// The hold on some streams.
@@ -53,7 +46,8 @@ pub(super) struct Session {
     /// To be acknowledged.
     acks: BTreeMap<u16, Vec<u64>>,
     queue: VecDeque<Entry>,
-    bytes: usize,
+    /// Of what is in the queue.
+    share: Share,
     /// The largest record of late.
     largest: usize,
     /// Counts how often it was gone back.
@@ -74,6 +68,15 @@ pub(super) struct Wanted {
 /// What to acknowledge in a stream, and where its group goes on.
 pub(super) type Ack = (u16, Vec<u64>, Option<u64>);
 
+/// What is to be told of entries that came.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Arrived {
+    /// Their bodies are gone.
+    pub(super) gone: Vec<Position>,
+    /// Another consumer read as the group up to there, and so many of the entries were neither pending nor lost.
+    pub(super) passed_over: Vec<(Position, u64)>,
+}
+
 /// An entry as the server gave it.
 pub(super) enum Got {
     Record(Box<Record>),
@@ -86,7 +89,7 @@ pub(super) enum Got {
 impl Session {
     /// `begun`: each stream, where its cursor is and what the group was given last.
     pub(super) fn new(generation: u64, begun: &[(u16, u64, u64)]) -> Self {
-        let part = |read| Part { read, given: read, pending_after: Some(0), set: None };
+        let part = |read| Part { read, given: read, pending_after: Some(0), set: None, others: None };
         Self {
             generation,
             frontier: begun.iter().map(|(part, cursor, _)| Position::in_part(*part, *cursor)).collect(),
@@ -99,7 +102,7 @@ impl Session {
             ended: BTreeSet::new(),
             acks: BTreeMap::new(),
             queue: VecDeque::new(),
-            bytes: 0,
+            share: Share::default(),
             largest: 1 << 10,
             turn: 0,
         }
@@ -131,18 +134,22 @@ impl Session {
         }
     }
 
-    fn drop_queue(&mut self) {
-        HELD.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
-        self.queue.clear();
+    /// Others read as the group up to `given`, and what was pending for them is ours now, but for `gone` entries.
+    pub(super) fn taken_over(&mut self, number: u16, given: u64, gone: u64) {
+        if let Some(part) = self.parts.get_mut(&number) {
+            part.pending_after = Some(part.pending_after.unwrap_or(part.read).min(part.read));
+            part.others = Some((given, given.saturating_sub(part.read).saturating_sub(gone)));
+        }
     }
 
-    fn is_full(&self) -> bool {
-        self.bytes >= MOST_BYTES || (self.bytes >= OWN_BYTES && HELD.load(Ordering::Relaxed) >= ALL_BYTES)
+    fn drop_queue(&mut self) {
+        self.share.clear();
+        self.queue.clear();
     }
 
     /// What to read next; `None` = there is no room.
     pub(super) fn wanted(&self) -> Option<Wanted> {
-        if self.is_full() || self.reader.is_none() {
+        if self.share.is_full() || self.reader.is_none() {
             return None;
         }
         let count = MOST_BYTES / self.largest.max(1) / self.parts.len().max(1);
@@ -160,14 +167,19 @@ impl Session {
         fresh.then(|| self.parts.iter().map(|(number, part)| (*number, part.read)).collect())
     }
 
-    /// Entries came; gives those whose body is gone.
-    pub(super) fn arrived(&mut self, wanted: &Wanted, got: Vec<(u16, u64, Got)>) -> Vec<Position> {
+    /// Entries came.
+    pub(super) fn arrived(&mut self, wanted: &Wanted, got: Vec<(u16, u64, Got)>) -> Arrived {
         let stale = wanted.turn != self.turn;
-        let mut gone = Vec::new();
+        let mut arrived = Arrived::default();
         let mut last: BTreeMap<u16, u64> = BTreeMap::new();
         for (number, offset, got) in got {
             last.insert(number, offset);
             let Some(part) = self.parts.get_mut(&number) else { continue };
+            if let Some((to, left)) = &mut part.others
+                && (part.read + 1..=*to).contains(&offset)
+            {
+                *left = left.saturating_sub(1);
+            }
             part.read = part.read.max(offset);
             part.given = part.given.max(offset);
             let position = Position::in_part(number, offset);
@@ -186,7 +198,7 @@ impl Session {
                     self.ended.insert(position);
                 }
                 Got::Gone => {
-                    gone.push(position);
+                    arrived.gone.push(position);
                     self.acks.entry(number).or_default().push(offset);
                     self.ended.insert(position);
                 }
@@ -196,8 +208,7 @@ impl Session {
                     if self.open.insert(position, (weight, record.written_at)).is_none() {
                         self.open_bytes += weight as u64;
                     }
-                    HELD.fetch_add(weight, Ordering::Relaxed);
-                    self.bytes += weight;
+                    self.share.add(weight);
                     self.queue.push_back(Entry::new(position, Arc::new(*record)));
                 }
             }
@@ -209,10 +220,19 @@ impl Session {
                     && part.pending_after == *after
                 {
                     part.pending_after = last.get(number).copied();
+                    if part.pending_after.is_none()
+                        && let Some((to, left)) = part.others.take()
+                    {
+                        part.read = part.read.max(to);
+                        part.given = part.given.max(to);
+                        if left > 0 {
+                            arrived.passed_over.push((Position::in_part(*number, to), left));
+                        }
+                    }
                 }
             }
         }
-        gone
+        arrived
     }
 
     /// The next entries for a reader.
@@ -228,8 +248,7 @@ impl Session {
                 entries.push(entry);
             }
         }
-        self.bytes -= freed;
-        HELD.fetch_sub(freed, Ordering::Relaxed);
+        self.share.take(freed);
         entries
     }
 
@@ -314,6 +333,11 @@ impl Session {
         (self.open.len() as u64, self.open_bytes, oldest)
     }
 
+    /// The newest entry of a stream that was read.
+    pub(super) fn read(&self, number: u16) -> u64 {
+        self.parts.get(&number).map_or(0, |part| part.read)
+    }
+
     /// Each stream with the newest entry that was read.
     pub(super) fn reads(&self) -> impl Iterator<Item = (u16, u64)> {
         self.parts.iter().map(|(number, part)| (*number, part.read))
@@ -327,7 +351,6 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.drop_queue();
         self.moved.cancel();
     }
 }
@@ -338,6 +361,7 @@ mod tests {
 
     use super::*;
     use crate::record::RecordId;
+    use crate::source::foreign::budget::{Budget, OWN_BYTES};
 
     fn at(part: u16, offset: u64) -> Position {
         Position::in_part(part, offset)
@@ -418,7 +442,45 @@ mod tests {
     fn an_entry_without_a_body_is_told_and_acknowledged() {
         let mut session = begun();
         let wanted = session.wanted().unwrap();
-        let gone = session.arrived(&wanted, vec![(0, 5, Got::Gone)]);
+        let gone = session.arrived(&wanted, vec![(0, 5, Got::Gone)]).gone;
         assert_eq!((gone, session.take_acks()), (vec![at(0, 5)], vec![(0, vec![5], None)]));
+    }
+
+    #[test]
+    fn what_is_read_and_not_taken_is_held_of_the_budget() {
+        static BUDGET: Budget = Budget::new(1 << 20);
+        let mut others = Share::of(&BUDGET);
+        others.add(1 << 20);
+        let mut session = begun();
+        session.share = Share::of(&BUDGET);
+        let mut next = 9;
+        while let Some(wanted) = session.wanted() {
+            next += 1;
+            session.arrived(&wanted, got(0, &[next]));
+        }
+        let held = BUDGET.held() - (1 << 20);
+        assert!((OWN_BYTES..OWN_BYTES + 1_000).contains(&held), "{held} bytes are its own little");
+        session.take(10, usize::MAX);
+        assert!(session.wanted().is_some() && BUDGET.held() < (1 << 20) + held);
+        drop(session);
+        assert_eq!(BUDGET.held(), 1 << 20);
+    }
+
+    #[test]
+    fn what_others_read_comes_before_what_is_new_and_what_they_acknowledged_is_told() {
+        let mut session = begun();
+        let wanted = session.wanted().unwrap();
+        session.arrived(&wanted, Vec::new());
+        // Of 10 to 14 one is gone, and one was acknowledged.
+        session.taken_over(0, 14, 1);
+        let first = session.wanted().unwrap();
+        assert_eq!((first.parts[0], session.ends()), ((0, Some(9)), None));
+        assert_eq!(session.arrived(&first, got(0, &[10, 12, 13])), Arrived::default());
+        let second = session.wanted().unwrap();
+        assert_eq!(second.parts[0], (0, Some(13)));
+        assert_eq!(session.arrived(&second, Vec::new()).passed_over, [(at(0, 14), 1)]);
+        assert_eq!(given(&mut session), [at(0, 10), at(0, 12), at(0, 13)]);
+        // The wait for more does not end at once for what others have done.
+        assert_eq!((session.ends().unwrap(), session.wanted().unwrap().given), (vec![(0, 14), (3, 0)], vec![14, 0]));
     }
 }

@@ -13,10 +13,11 @@ use tokio::time::Instant;
 use super::message::Received;
 use crate::clock::Timestamp;
 use crate::record::{Position, Record};
+use crate::source::foreign::budget::Share;
 use crate::source::{Entry, Reach};
 
-/// What waits to be read, in messages and bytes, before no more is received.
-const PREFETCH: (usize, usize) = (400, 16 << 20);
+/// Messages that wait to be read before no more is received.
+const PREFETCH: usize = 400;
 /// What has ended and waits to be deleted before no more is received; also how much is remembered of what could not be.
 const UNDELETED: usize = 10_000;
 /// SQS lets nobody hold a message for longer.
@@ -65,7 +66,7 @@ pub(super) struct Arrived {
 }
 
 /// See the file's head.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Held {
     messages: HashMap<Box<str>, Holding>,
     ready: VecDeque<(Box<str>, Arc<Record>)>,
@@ -73,8 +74,8 @@ pub(super) struct Held {
     given: BTreeMap<Position, Box<str>>,
     to_delete: VecDeque<Box<str>>,
     ghosts: IndexSet<Box<str>>,
-    /// Bytes in `ready` and `early`.
-    waiting_bytes: usize,
+    /// Of what is in `ready` and `early`.
+    share: Share,
     turns: u64,
     /// Counts the readers; the newest alone gets anything.
     session: u64,
@@ -103,7 +104,7 @@ impl Held {
         self.ready.clear();
         self.early.clear();
         self.given.clear();
-        self.waiting_bytes = 0;
+        self.share.clear();
         let left = self.messages.extract_if(|_, holding| holding.state != State::Ended);
         let mut left: Vec<(u64, bool, Receipt)> = left
             .map(|(id, holding)| {
@@ -127,7 +128,7 @@ impl Held {
     /// True while somebody reads and there is room for more.
     pub(super) fn wants_more(&self) -> bool {
         let waiting = self.ready.len() + self.early.len();
-        self.open && waiting < PREFETCH.0 && self.waiting_bytes < PREFETCH.1 && self.to_delete.len() < UNDELETED
+        self.open && waiting < PREFETCH && !self.share.is_full() && self.to_delete.len() < UNDELETED
     }
 
     /// Messages came from the queue. On a FIFO queue none is held back until it is due: it would be overtaken.
@@ -170,7 +171,7 @@ impl Held {
                 self.delete_later(id);
                 continue;
             }
-            self.waiting_bytes += weight;
+            self.share.add(weight);
             match record.due_at.filter(|due| *due > now && !fifo) {
                 Some(due) => _ = self.early.insert((due, turn), (id, Arc::new(record))),
                 None => self.ready.push_back((id, Arc::new(record))),
@@ -197,7 +198,7 @@ impl Held {
             let Some(holding) = self.messages.get_mut(&id) else { continue };
             holding.state = State::Given;
             bytes += holding.weight;
-            self.waiting_bytes -= holding.weight;
+            self.share.take(holding.weight);
             self.newest = self.newest.next();
             self.given.insert(self.newest, id);
             entries.push(Entry::new(self.newest, record));
@@ -318,6 +319,7 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::foreign::budget::{Budget, OWN_BYTES};
     use crate::testing::{NEW_YEAR, record};
 
     fn received(id: &str, handle: &str) -> Received {
@@ -461,10 +463,30 @@ mod tests {
         let mut held = Held::default();
         held.open(NEW_YEAR);
         assert!(held.wants_more());
-        let ids: Vec<String> = (0..PREFETCH.0).map(|id| id.to_string()).collect();
+        let ids: Vec<String> = (0..PREFETCH).map(|id| id.to_string()).collect();
         arrive(&mut held, &ids.iter().map(String::as_str).collect::<Vec<_>>());
         assert!(!held.wants_more());
         held.take(NEW_YEAR, 1, usize::MAX);
         assert!(held.wants_more());
+    }
+
+    #[test]
+    fn what_waits_to_be_read_is_held_of_the_budget() {
+        static BUDGET: Budget = Budget::new(1 << 20);
+        let mut others = Share::of(&BUDGET);
+        others.add(1 << 20);
+        let mut held = Held { share: Share::of(&BUDGET), ..Held::default() };
+        held.open(NEW_YEAR);
+        let large = |id: &str| {
+            let message = received(id, id);
+            Received { record: Record { payload: vec![b'x'; OWN_BYTES].into(), ..message.record.clone() }, ..message }
+        };
+        held.arrive(vec![large("a")], Instant::now(), NEW_YEAR, false);
+        assert!(!held.wants_more() && BUDGET.held() > (1 << 20) + OWN_BYTES, "its own little is held");
+        take(&mut held);
+        assert!(held.wants_more() && BUDGET.held() == 1 << 20);
+        held.arrive(vec![large("b")], Instant::now(), NEW_YEAR, false);
+        held.displace();
+        assert_eq!(BUDGET.held(), 1 << 20, "what a reader leaves is held no more");
     }
 }

@@ -229,10 +229,12 @@ impl Broker for Sqs {
         let largest = self.queue.known().map_or(LARGEST, |facts| facts.largest);
         BrokerCaps {
             hold: false,
+            pause: false,
             ordered: self.queue.fifo,
             durable: true,
             each_end: true,
             delay: (!self.queue.fifo).then_some(Duration::from_secs(LONGEST_DELAY)),
+            look_up: false,
             largest_record: Some(largest_weight(largest) as u64),
         }
     }
@@ -287,6 +289,7 @@ impl Broker for Sqs {
                 cursor,
                 given: None,
                 parts: None,
+                pause: None,
                 subscription: Box::new(reader),
                 moved: CancellationToken::new(),
             })

@@ -2,6 +2,7 @@
 //! so it is done whole or not at all; what it wrote is on the server's disk when it answers.
 
 mod dead;
+mod ends;
 mod parked;
 mod rows;
 mod scripts;
@@ -42,6 +43,8 @@ const ROWS: usize = 500;
 /// What is known here of the server's state.
 #[derive(Clone, Default)]
 struct Seen {
+    /// How far the log had come when this was opened.
+    end: Reach,
     epochs: Vec<StoredEpoch>,
     /// Each branch with its number.
     branches: BTreeMap<BranchName, String>,
@@ -97,6 +100,8 @@ pub async fn open(spec: &RedisShelfSpec, context: &Context) -> Result<Arc<dyn St
         closed: CancellationToken::new(),
     });
     shelf.refresh_all().await?;
+    let end = shelf.further(&Reach::none()).await?;
+    shelf.seen.lock().end = end;
     shelf.look().await?;
     tokio::spawn(look_on(Arc::downgrade(&shelf), shelf.closed.clone()));
     Ok(shelf)
@@ -457,6 +462,14 @@ impl Store for Shelf {
     }
 
     /// Keys go by themselves, by the server's time. Revisions stay: where one begins only the log can tell.
+    fn keep_end(&self, end: Reach) -> BoxFuture<'static, Result<(), LogError>> {
+        self.with(|shelf| async move { shelf.further(&end).await.map(|_| ()) })
+    }
+
+    fn kept_end(&self) -> Reach {
+        self.seen.lock().end.clone()
+    }
+
     fn tidy(
         &self,
         keys_before: Timestamp,
