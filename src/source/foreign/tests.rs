@@ -224,7 +224,8 @@ async fn what_a_server_lost_while_nobody_looked_is_noticed_by_a_shelf_elsewhere(
             let mut start = second.open_branch(&branch, Start::Earliest).await.unwrap();
             let mut seen = Vec::new();
             while seen.len() < 3 {
-                seen.extend(start.subscription.next(16, usize::MAX).await.unwrap());
+                let next = tokio::time::timeout(PATIENCE, start.subscription.next(16, usize::MAX)).await;
+                seen.extend(next.expect("the new ones are hidden").unwrap());
             }
             let positions: Vec<u64> = seen.iter().map(|entry| entry.position.0).collect();
             assert_eq!(positions, [5, 6, 7], "{elsewhere}: numbers 1 to 3 were given before, and 4 says so");
