@@ -148,6 +148,7 @@ impl Broker for MemoryBroker {
             cursor: cursor.into(),
             given: None,
             parts: None,
+            fresh: Vec::new(),
             pause: None,
             subscription: Box::new(subscription),
             moved: CancellationToken::new(),
