@@ -83,7 +83,7 @@ impl Secured {
         for listener in ["pw", "pwtls"] {
             let modules = "org.apache.kafka.common.security";
             lines.push(format!(
-                "listener.name.{listener}.plain.sasl.jaas.config={modules}.plain.PlainLoginModule required user_wal=\"{PASSWORD}\";"
+                "listener.name.{listener}.plain.sasl.jaas.config={modules}.plain.PlainLoginModule required user_wal-plain=\"{PASSWORD}\";"
             ));
             for mechanism in ["scram-sha-256", "scram-sha-512"] {
                 lines.push(format!(
@@ -95,14 +95,15 @@ impl Secured {
         Self { server: Server::start_at("kafka", port, &lines).await, port }
     }
 
-    /// Gives the user this password for SCRAM.
+    /// Gives the users of SCRAM this password. Each mechanism has a user whom no other one knows, so that none stands in for
+    /// another.
     async fn scram(&self, password: &str) {
-        // One request takes one credential of a user.
         for mechanism in ["SCRAM-SHA-256", "SCRAM-SHA-512"] {
+            let user = format!("wal-{}", mechanism.to_lowercase());
             let mut command = Command::new("java");
             command.args(["-XX:TieredStopAtLevel=1", "-cp", &format!("{}/*", installed("jars/kafka").display())]);
             command.args(["kafka.admin.ConfigCommand", "--bootstrap-server", &format!("127.0.0.1:{}", self.port)]);
-            command.args(["--alter", "--entity-type", "users", "--entity-name", "wal"]);
+            command.args(["--alter", "--entity-type", "users", "--entity-name", &user]);
             command.args(["--add-config", &format!("{mechanism}=[password={password}]")]);
             let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -114,7 +115,7 @@ impl Secured {
         let port = self.port + if ca_file.is_some() { 3 } else { 2 };
         let tls = ca_file.map_or(String::new(), |file| format!("tls: {{ ca_file: {} }}, ", file.display()));
         format!(
-            "brokers: \"127.0.0.1:{port}\", {tls}sasl: {{ mechanism: {mechanism}, username: wal, password: \"${{KAFKA_PASSWORD}}\" }}"
+            "brokers: \"127.0.0.1:{port}\", {tls}sasl: {{ mechanism: {mechanism}, username: wal-{mechanism}, password: \"${{KAFKA_PASSWORD}}\" }}"
         )
     }
 }

@@ -439,11 +439,12 @@ pub(super) async fn a_closed_log_says_so_and_answers_whoever_waits<K: Kind>(kind
     let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
     append(&log, &["0"]).await;
     let id = read(&mut *start.subscription, 1).await[0].record.id;
-    let reader = async |name: &BranchName| {
-        let mut behind = log.open_branch(name, Start::Latest).await.unwrap();
-        tokio::spawn(async move { behind.subscription.next(100, usize::MAX).await })
+    let reader = if kind.places() {
+        let mut behind = log.open_branch(&other, Start::Latest).await.unwrap();
+        Some(tokio::spawn(async move { behind.subscription.next(100, usize::MAX).await }))
+    } else {
+        None
     };
-    let reader = if kind.places() { Some(reader(&other).await) } else { None };
     // Some of these are early enough and some are not; each hears which.
     let racing: Vec<_> = (0..200)
         .map(|number: u32| {

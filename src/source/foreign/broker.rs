@@ -76,6 +76,8 @@ pub struct Opened {
     pub given: Option<Reach>,
     /// The parts that are read here; `None` = all that there are.
     pub parts: Option<Vec<u16>>,
+    /// Parts in which it knows no progress of the branch: those begin, and are known once [`Broker::begun`] has said so.
+    pub fresh: Vec<u16>,
     /// The pause that it keeps.
     pub pause: Option<StoredPause>,
     /// The reader of those parts.
@@ -124,6 +126,14 @@ pub trait Broker: Send + Sync {
     /// # Errors
     /// When the broker cannot be reached, refuses, or no longer keeps what has no end yet.
     fn open(&self, branch: &BranchName, begin: Begin) -> BoxFuture<'static, Result<Opened, LogError>>;
+
+    /// A branch that was opened begins where it was told: wherever it is opened next, it is there.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached or refuses.
+    fn begun(&self, _branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 
     /// A branch has come so far, and `ended` have ended beyond it. Stored soon, and when the subscription is dropped; of
     /// parts that are not held any more nothing is stored.

@@ -37,8 +37,8 @@ use self::settle::Settler;
 use self::store::{Store, StoredBranch, StoredEpoch};
 use super::{
     AdmitError, Admitted, AsideLane, AsideRow, BranchName, BranchStart, Caps, DeadLetter, DeadQuery, Entered, Epoch,
-    Found, HoldRule, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, Scheduled, Settlement, Shelf,
-    ShelfCounts, Start, Write,
+    Found, HoldRule, Lag, Log, LogError, Page, ParkedQuery, ParkedRow, Reach, Replayed, RowKey, Scheduled, Settlement,
+    Shelf, ShelfCounts, Start, Write,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, RecordId};
@@ -244,6 +244,13 @@ impl Inner {
             Some(store) => store.open_branch(&branch, &opened.cursor, &self.instance).await?,
             None => StoredBranch { pause: opened.pause, ..StoredBranch::default() },
         };
+        let replaced = |row: &&RowKey| opened.fresh.contains(&row.position.part());
+        if let Some(row) = stored.ended.iter().find(replaced) {
+            return Err(LogError::Damaged(made_anew(&branch, row.position.part()).into()));
+        }
+        if !opened.fresh.is_empty() {
+            self.broker.begun(&branch).await?;
+        }
         let mine = |position: Position| opened.parts.as_ref().is_none_or(|parts| parts.contains(&position.part()));
         let mut ended: Vec<_> = stored.ended.into_iter().filter(|row| mine(row.position)).collect();
         if let Some(given) = &opened.given {
@@ -293,6 +300,16 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.closed.cancel();
     }
+}
+
+/// Rows of a part that the broker has never given to the branch: they are of records that it no longer knows.
+fn made_anew(branch: &BranchName, part: u16) -> String {
+    format!(
+        "branch {branch} has no offset in partition {part}, and the shelf knows of records there that have ended: the log was \
+         made anew, or the offsets were removed. Nothing is delivered, since new records would be taken for those. Is it the \
+         same log, set the offsets (`kafka-consumer-groups --reset-offsets`) and the branch goes on by itself; is it a new \
+         one, see to the dead letters, then `walflow namespace delete` and start anew"
+    )
 }
 
 /// Why a closed pair refuses.

@@ -157,6 +157,7 @@ impl Broker for MemoryBroker {
             cursor: cursor.into(),
             given: self.given.lock().clone(),
             parts: None,
+            fresh: Vec::new(),
             pause: None,
             subscription: Box::new(subscription),
             moved: CancellationToken::new(),

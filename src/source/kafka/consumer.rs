@@ -137,10 +137,6 @@ impl Shared {
             let place = u64::try_from(next).unwrap_or(0);
             cursor.advance(Position::in_part(u16::try_from(partition).unwrap_or(u16::MAX), place));
         }
-        if !fresh.is_empty() {
-            // From here on the group is known, wherever it is opened next.
-            consumer.commit(&list(&self.topic, &cursor, &fresh), CommitMode::Sync)?;
-        }
         let parts: Vec<u16> = cursor.iter().map(Position::part).collect();
         consumer.assign(&list(&self.topic, &cursor, &parts))?;
         let mut state = self.state.lock();
@@ -150,6 +146,7 @@ impl Shared {
         self.listener.clear();
         let mut session = Session::new(generation, parts, cursor);
         session.pause = offsets::pause(&committed);
+        session.fresh = fresh;
         state.session = Some(session);
         drop(state);
         self.tell();
@@ -183,11 +180,10 @@ impl Shared {
         self.tell();
     }
 
-    /// Who waits for a pause to be stored hears what became of it.
+    /// Who waits until something is stored hears what became of it.
     fn answer(&self, told: Vec<Told>, done: &KafkaResult<()>) {
         for told in told {
-            let failed =
-                |error: &KafkaError| storage(format!("keep a pause beside the offsets of {}", self.group), error);
+            let failed = |error: &KafkaError| storage(format!("store the offsets of group {}", self.group), error);
             // Nobody waits any more if the branch has ended.
             let _ = told.send(done.as_ref().copied().map_err(failed));
         }
@@ -242,7 +238,7 @@ impl Shared {
                         self.fail(storage(format!("go back in topic {}", self.topic), &error));
                     }
                 }
-                Some(Upkeep::Pause(progress, told)) => {
+                Some(Upkeep::Store(progress, told)) => {
                     self.answer(told, &consumer.commit(&progress, CommitMode::Sync));
                 }
                 Some(Upkeep::Commit(progress)) => {
@@ -322,7 +318,7 @@ impl Shared {
         }
         if !session.told.is_empty() {
             let told = std::mem::take(&mut session.told);
-            return Some(Upkeep::Pause(session.progress_in(&self.topic), told));
+            return Some(Upkeep::Store(session.progress_in(&self.topic), told));
         }
         if session.frontier != session.committed && committed.elapsed() >= COMMIT {
             *committed = Instant::now();
@@ -397,7 +393,7 @@ impl Shared {
 enum Upkeep {
     Rewind(TopicPartitionList),
     Commit(TopicPartitionList),
-    Pause(TopicPartitionList, Vec<Told>),
+    Store(TopicPartitionList, Vec<Told>),
 }
 
 impl Member {
@@ -481,6 +477,7 @@ impl Member {
                         cursor: session.frontier.clone(),
                         given: None,
                         parts: Some(session.parts.clone()),
+                        fresh: session.fresh.clone(),
                         pause: session.pause.clone(),
                         subscription: Box::new(Parts {
                             shared: Arc::clone(&self.shared),
@@ -506,8 +503,17 @@ impl Member {
 
     /// Keeps a pause, or its end, beside the offsets of the parts that are ours; done when the group has it.
     pub(super) async fn pause(&self, pause: Option<StoredPause>) -> Result<(), LogError> {
+        self.store(|session| session.pause = pause).await
+    }
+
+    /// Parts that the group does not know begin; done when it knows them.
+    pub(super) async fn begun(&self) -> Result<(), LogError> {
+        self.store(|session| session.fresh.clear()).await
+    }
+
+    async fn store(&self, change: impl FnOnce(&mut Session) + Send) -> Result<(), LogError> {
         let failed = |cause: &str| LogError::Storage {
-            act: format!("keep a pause beside the offsets of {}", self.shared.group).into(),
+            act: format!("store the offsets of group {}", self.shared.group).into(),
             cause: cause.into(),
         };
         let (told, wait) = oneshot::channel();
@@ -515,7 +521,7 @@ impl Member {
             let mut state = self.shared.state.lock();
             let session = state.session.as_mut().filter(|session| !session.parts.is_empty());
             let session = session.ok_or_else(|| failed("no partition of the topic is read here now"))?;
-            session.pause = pause;
+            change(session);
             session.told.push(told);
         }
         self.shared.tell();

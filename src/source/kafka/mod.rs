@@ -255,6 +255,11 @@ impl Kafka {
         Ok(member)
     }
 
+    fn opened(&self, branch: &BranchName) -> Result<Arc<Member>, LogError> {
+        let member = self.branches.lock().get(branch).cloned();
+        member.ok_or(LogError::Unsupported("the branch is not open here"))
+    }
+
     async fn leave(&self, branch: &BranchName) {
         let member = self.branches.lock().remove(branch);
         if let Some(member) = member {
@@ -362,14 +367,13 @@ impl Broker for Kafka {
     }
 
     fn pause(&self, branch: &BranchName, pause: Option<StoredPause>) -> BoxFuture<'static, Result<(), LogError>> {
-        let member = self.branches.lock().get(branch).cloned();
-        async move {
-            match member {
-                Some(member) => member.pause(pause).await,
-                None => Err(LogError::Unsupported("the branch is not open here")),
-            }
-        }
-        .boxed()
+        let member = self.opened(branch);
+        async move { member?.pause(pause).await }.boxed()
+    }
+
+    fn begun(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {
+        let member = self.opened(branch);
+        async move { member?.begun().await }.boxed()
     }
 
     fn forget(&self, branch: &BranchName) -> BoxFuture<'static, Result<(), LogError>> {

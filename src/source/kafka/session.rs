@@ -34,6 +34,8 @@ pub(super) struct Session {
     /// The thread has to go back to the frontier.
     pub(super) rewind: bool,
     pub(super) moved: CancellationToken,
+    /// Parts of which the group has no offset.
+    pub(super) fresh: Vec<u16>,
     /// A pause that the group keeps beside its offsets.
     pub(super) pause: Option<StoredPause>,
     /// Who waits until that is so.
@@ -60,6 +62,7 @@ impl Session {
             resting: BTreeSet::new(),
             rewind: false,
             moved: CancellationToken::new(),
+            fresh: Vec::new(),
             pause: None,
             told: Vec::new(),
         }

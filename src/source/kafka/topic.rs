@@ -373,3 +373,19 @@ pub(super) fn committed(
         _ => None,
     })
 }
+
+/// Deletes a topic; waits until its group knows nothing of it any more.
+#[cfg(test)]
+pub(super) async fn delete_for_tests(cluster: &Cluster, topic: &str, group: &str) {
+    let options = AdminOptions::new().operation_timeout(Some(METADATA_TIMEOUT));
+    admin(cluster).unwrap().delete_topics(&[topic], &options).await.unwrap().remove(0).unwrap();
+    let client = member(cluster, group).unwrap();
+    let mut wanted = TopicPartitionList::new();
+    wanted.add_partition(topic, 0);
+    let deadline = Instant::now() + METADATA_TIMEOUT;
+    while let Ok(committed) = client.committed_offsets(wanted.clone(), METADATA_TIMEOUT)
+        && matches!(committed.elements()[0].offset(), Offset::Offset(_))
+    {
+        assert!(Instant::now() < deadline, "the group keeps its offset");
+    }
+}

@@ -473,6 +473,7 @@ impl Member {
                         cursor: session.frontier.clone(),
                         given: Some(session.given()),
                         parts: Some(session.parts()),
+                        fresh: Vec::new(),
                         pause: None,
                         moved: session.moved.clone(),
                         subscription: Box::new(Parts {

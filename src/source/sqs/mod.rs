@@ -289,6 +289,7 @@ impl Broker for Sqs {
                 cursor,
                 given: None,
                 parts: None,
+                fresh: Vec::new(),
                 pause: None,
                 subscription: Box::new(reader),
                 moved: CancellationToken::new(),
