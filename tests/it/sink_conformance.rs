@@ -7,6 +7,7 @@ pub(crate) mod postgres;
 mod postgres_copy;
 mod postgres_faults;
 mod postgres_servers;
+mod postgres_types;
 mod queues;
 mod redis;
 mod redis_cluster;
