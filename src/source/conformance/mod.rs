@@ -288,6 +288,8 @@ macro_rules! everywhere {
                 rows_set_aside_come_back_in_order_with_what_is_known_of_them
                 ends_above_the_frontier_are_remembered
                 a_dead_letter_ends_its_row_and_is_listed_by_each_filter
+                every_filter_means_the_same_alone_together_and_in_pages
+                what_is_replayed_or_purged_is_what_would_be_listed
                 replay_sends_back_in_order_and_leaves_what_was_overtaken
                 a_purged_letter_does_not_come_again
                 a_purge_takes_no_more_than_it_was_told

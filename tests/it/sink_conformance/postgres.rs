@@ -42,18 +42,19 @@ struct Rows {
 }
 
 impl Target for Rows {
-    fn kind(&self) -> Kind {
+    fn sink(&self) -> Box<dyn Sink> {
         let address = url();
         let behind = address.rsplit('@').next().unwrap().split('/').next().unwrap();
         let address = address.replace(behind, &self.proxy.address().to_string());
-        Kind::Postgres(Box::new(
-            serde_json::from_value(json!({
-                "url": address,
-                "timeout": "5s",
-                "insert": { "table": self.table, "columns": { "dest": "{payload.to}", "body": "{payload}" } },
-            }))
-            .unwrap(),
-        ))
+        sink(json!({
+            "url": address,
+            "timeout": "5s",
+            "insert": { "table": self.table, "columns": { "dest": "{payload.to}", "body": "{payload}" } },
+        }))
+    }
+
+    fn refused(&self) -> Option<String> {
+        Some(r#"{"to":"nobody"}"#.to_owned())
     }
 
     async fn arrived(&mut self) -> Vec<String> {
@@ -77,7 +78,9 @@ impl Target for Rows {
 async fn postgres_conforms() {
     let client = client().await;
     let table = table("rows");
-    let make = format!("CREATE TABLE {table} (n bigserial PRIMARY KEY, dest text NOT NULL, body text NOT NULL)");
+    let make = format!(
+        "CREATE TABLE {table} (n bigserial PRIMARY KEY, dest text CHECK (dest <> 'nobody'), body text NOT NULL)"
+    );
     client.batch_execute(&make).await.unwrap();
     let address = url();
     let behind = address.rsplit('@').next().unwrap().split('/').next().unwrap().to_owned();

@@ -12,14 +12,10 @@ use super::{Target, conforms, open, operation, verdicts};
 use crate::harness::{Place, Running, until_status};
 use crate::servers::Server;
 
-fn kind(server: &Server, mut spec: Value) -> Kind {
+fn sink(server: &Server, mut spec: Value) -> Box<dyn Sink> {
     let nodes: Vec<String> = (1..=3).map(|node| format!("redis://{}", server.node(node))).collect();
     spec["cluster"] = nodes.into();
-    Kind::Redis(Box::new(serde_json::from_value(spec).unwrap()))
-}
-
-fn sink(server: &Server, spec: Value) -> Box<dyn Sink> {
-    open(&kind(server, spec), "".into())
+    open(&Kind::Redis(Box::new(serde_json::from_value(spec).unwrap())), "".into())
 }
 
 /// Asks who serves the key.
@@ -59,8 +55,12 @@ struct Stream {
 }
 
 impl Target for Stream {
-    fn kind(&self) -> Kind {
-        kind(&self.server, json!({ "cases": [{ "command": "xadd", "key": "conforms:{payload.to}" }] }))
+    fn sink(&self) -> Box<dyn Sink> {
+        sink(&self.server, json!({ "cases": [{ "command": "xadd", "key": "conforms:{payload.to}" }] }))
+    }
+
+    fn refused(&self) -> Option<String> {
+        Some(r#"{"to":"text"}"#.to_owned())
     }
 
     async fn arrived(&mut self) -> Vec<String> {
@@ -84,7 +84,9 @@ impl Target for Stream {
 #[tokio::test]
 #[ignore = "needs servers: run tests/run"]
 async fn redis_cluster_conforms() {
-    conforms(Stream { server: Server::start("cluster").await, last: "0-0".to_owned() }).await;
+    let server = Server::start("cluster").await;
+    ask::<()>(&server, &["SET", "conforms:text", "no stream"]).await;
+    conforms(Stream { server, last: "0-0".to_owned() }).await;
 }
 
 /// A record for the key `k:{number}`.
