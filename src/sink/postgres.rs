@@ -93,7 +93,7 @@ pub struct UpsertSpec {
     pub columns: IndexMap<String, Value>,
 }
 
-/// `insert:` — many go by COPY, if nothing is lost by it: 400 or more in a row with the same columns, without `on_conflict` and
+/// `insert:` — many go by COPY, if nothing is lost by it: 1,000 values or more in a row with the same columns, without `on_conflict` and
 /// `barrier`, into a table without rules, row security and columns of a domain, none of the columns written a composite, an array
 /// of such, or generated always. Otherwise, and to find a row that is refused, by INSERT.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]

@@ -156,6 +156,21 @@ async fn records_of_one_key_in_a_batch_are_folded_in_order_and_one_bad_row_is_al
     assert!(why.contains("23514") && why.contains(&format!("constraint {table}_state_check")), "{why}");
     let all = format!("SELECT string_agg(id || '=' || state, ',' ORDER BY id) FROM {table}");
     assert_eq!(one(&client, &all).await, "1=sent,4=new");
+    // Keys that are one to the table and written differently; and a run that only neighbours may join.
+    let mut gone = put(14, 6, "x");
+    gone.case = 1;
+    let batch = [
+        operation(11, r#"{"id": "7", "state": "z"}"#),
+        put(12, 7, "a"),
+        put(13, 7, "b"),
+        put(15, 6, "old"),
+        gone,
+        put(16, 6, "again"),
+        put(17, 8, "first"),
+        put(18, 8, "last"),
+    ];
+    assert_eq!(verdicts(&sink.write(&batch).await), []);
+    assert_eq!(one(&client, &all).await, "1=sent,4=new,6=again,7=b,8=last");
     // Of a key, nothing overtakes what was refused.
     let with_key =
         |number: u16, state: &str| keyed(number, Some("k"), &json!({"id": number, "state": state}).to_string());
