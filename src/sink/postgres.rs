@@ -5,8 +5,10 @@
 //! taken. Never builds a value into a statement's text.
 
 mod copy;
+mod refusal;
 mod statement;
 mod transaction;
+mod value;
 mod verdict;
 
 use std::collections::HashSet;
@@ -84,14 +86,16 @@ pub struct UpsertSpec {
     pub table: String,
     /// The columns of a unique constraint, by which a row is found.
     pub key: Vec<String>,
-    /// By column, what it gets. Default: the payload's own fields. Bytes (`bytea`) are text in hex, `\x6869`.
+    /// By column, what it gets. Default: the payload's own fields. The server reads each value as its own type: numbers keep all
+    /// their digits, arrays are JSON arrays, a time without an offset is in the server's time zone. Bytes (`bytea`) are text in
+    /// hex, `\x6869`, and no base64; a statement can decode that: `decode($1, 'base64')`.
     #[serde(default)]
     pub columns: IndexMap<String, Value>,
 }
 
-/// `insert:` — many go by COPY, if nothing is lost by it: 400 or more in a row with the same columns, without `on_conflict` and
-/// `barrier`, into a table without rules, row security and columns of a domain, none of the columns written an array, a
-/// composite or generated always. Otherwise, and to find a row that is refused, by INSERT.
+/// `insert:` — many go by COPY, if nothing is lost by it: 1,000 values or more in a row with the same columns, without `on_conflict` and
+/// `barrier`, into a table without rules, row security and columns of a domain, none of the columns written a composite, an array
+/// of such, or generated always. Otherwise, and to find a row that is refused, by INSERT.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InsertSpec {
@@ -132,7 +136,8 @@ pub struct DeleteSpec {
 pub struct StatementSpec {
     /// One statement, with `$1`, `$2` … where values go.
     pub sql: String,
-    /// The values, in order; the server converts each from text, or from JSON where it is no scalar.
+    /// The values, in order; the server converts each from text. A list is an array where the parameter is one; for
+    /// `jsonb` everything is JSON, elsewhere lists and maps.
     #[serde(default)]
     pub params: Vec<Value>,
 }
@@ -328,7 +333,7 @@ impl PostgresSink {
             let scope = Scope::new(operation, &self.context);
             let number = operation.case;
             let row = match self.cases.get(number) {
-                Some(case) => case.row(number, &scope, operation),
+                Some(case) => case.row(number, &scope, operation).map_err(|failure| case.placed(failure)),
                 None => Err(Failure::rendering(format!(
                     "no case {number} is left in the file; the record matched it before"
                 ))),

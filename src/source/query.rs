@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{BranchName, DeadReason};
+use super::{BranchName, DeadLetter, DeadReason};
 use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
 
@@ -133,6 +133,30 @@ pub struct DeadQuery {
     pub limit: usize,
     /// From an earlier page.
     pub after: Option<String>,
+}
+
+impl DeadQuery {
+    /// How many rows are meant, or a page has.
+    pub(crate) fn rows(&self) -> usize {
+        self.limit.max(1)
+    }
+
+    /// The number after which to go on; 0 for the beginning.
+    pub(crate) fn after_number(&self) -> u64 {
+        self.after.as_deref().and_then(|token| token.parse().ok()).unwrap_or(0)
+    }
+
+    /// Whether a letter is meant, whose record has this id and key. Its own branch and record are not looked at: not every
+    /// shelf has them at hand. What a database filters by itself says the same in SQL.
+    pub(crate) fn takes(&self, letter: &DeadLetter, branch: &BranchName, id: &RecordId, key: Option<&str>) -> bool {
+        self.branch.as_ref().is_none_or(|wanted| branch.as_str() == wanted)
+            && self.reason.is_none_or(|reason| letter.reason == reason)
+            && self.id.is_none_or(|wanted| wanted == *id)
+            && self.key.as_ref().is_none_or(|wanted| key == Some(wanted))
+            && self.from.is_none_or(|from| letter.at >= from)
+            && self.to.is_none_or(|to| letter.at < to)
+            && self.error_contains.as_ref().is_none_or(|text| letter.last_error.contains(text.as_str()))
+    }
 }
 
 /// How much lies on the shelf.

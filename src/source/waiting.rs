@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{BranchName, RowKey};
+use super::{BranchName, RowKey, lane_of};
 use crate::clock::Timestamp;
 use crate::record::Record;
 
@@ -49,6 +49,23 @@ pub struct AsideRow {
     pub last_error: Box<str>,
     /// It came from the dead letters.
     pub replayed: bool,
+}
+
+impl AsideRow {
+    /// A dead letter that is sent back: the original, with no attempt counted.
+    pub(super) fn replayed(letter: DeadLetter, now: Timestamp) -> Self {
+        Self {
+            row: letter.row,
+            lane: lane_of(letter.record.key.as_deref(), letter.row),
+            record: letter.record,
+            rendered: None,
+            attempts: 0,
+            first_failed: now,
+            next_try: now,
+            last_error: letter.last_error,
+            replayed: true,
+        }
+    }
 }
 
 /// Why a delivery ended in the dead letters.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::ops::Range;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -9,8 +10,10 @@ use indexmap::IndexMap;
 use serde_json::Value;
 use serde_json::value::RawValue;
 use tokio_postgres::Transaction;
-use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
+use tokio_postgres::types::{Format, IsNull, Kind, ToSql, Type, to_sql_checked};
 
+use super::refusal::kind;
+use super::value::{self, Way};
 use super::verdict::{Ended, within};
 use super::{DeleteSpec, InsertSpec, OnConflict, PostgresCaseSpec, StatementSpec, UpsertSpec, document};
 use crate::sink::template::{Document, Scope};
@@ -115,8 +118,8 @@ pub(super) struct Row {
 enum Content {
     /// A value for each column, and the key's.
     Values { values: Vec<Box<RawValue>>, key: Vec<String> },
-    /// The parameters of a statement.
-    Parameters(Vec<Option<String>>),
+    /// The parameters of a statement, as JSON.
+    Parameters(Vec<Box<RawValue>>),
 }
 
 impl Row {
@@ -126,6 +129,28 @@ impl Row {
             Content::Values { values, .. } => values,
             Content::Parameters(_) => &[],
         }
+    }
+
+    /// The parameters of a statement.
+    pub(super) fn parameters(&self) -> &[Box<RawValue>] {
+        match &self.content {
+            Content::Values { .. } => &[],
+            Content::Parameters(values) => values,
+        }
+    }
+
+    /// What a column was given, in kind; nobody knows of a statement's.
+    pub(super) fn given(&self, name: &str) -> Option<String> {
+        let Content::Values { values, .. } = &self.content else { return None };
+        let value = self.columns.iter().position(|column| column == name).and_then(|at| values.get(at));
+        Some(value.map_or_else(|| "not given".to_owned(), |value| format!("given {}", kind(value.get()))))
+    }
+
+    /// A row of some of the columns.
+    pub(super) fn part(&self, columns: Range<usize>) -> Self {
+        let names = self.columns.get(columns.clone()).unwrap_or_default().to_vec();
+        let values = self.values().get(columns).unwrap_or_default().to_vec();
+        Self { case: self.case, columns: names, content: Content::Values { values, key: Vec::new() } }
     }
 }
 
@@ -206,7 +231,8 @@ impl Case {
             Self::Upsert { columns, key, .. } | Self::Delete { columns, key, .. } => (columns, key),
             Self::Insert { columns, .. } => (columns, &[]),
             Self::Statement { params, .. } => {
-                let values = params.iter().map(|param| parameter(param, scope)).collect::<Result<_, _>>()?;
+                let values = params.iter().zip(1..).map(|(param, number)| parameter(param, number, scope));
+                let values = values.collect::<Result<_, _>>()?;
                 return Ok(Row { case: number, columns: Vec::new(), content: Content::Parameters(values) });
             }
         };
@@ -224,7 +250,8 @@ impl Case {
         }
         for (name, document) in own {
             let mut out = Vec::new();
-            document.render_json(scope, &mut out)?;
+            let rendered = document.render_json(scope, &mut out);
+            rendered.map_err(|error| Failure::rendering(format!("column {name}: {error}")))?;
             let text = String::from_utf8(out).map_err(|_| Failure::rendering(format!("column {name} is no text")))?;
             let raw =
                 RawValue::from_string(text).map_err(|_| Failure::rendering(format!("column {name} is no JSON")))?;
@@ -241,6 +268,12 @@ impl Case {
         fields.sort_unstable_keys();
         let (columns, values) = fields.into_iter().unzip();
         Ok(Row { case: number, columns, content: Content::Values { values, key: key_values } })
+    }
+
+    /// A failure with the table that it is about.
+    pub(super) fn placed(&self, failure: Failure) -> Failure {
+        let message = self.table().map(|table| format!("table {table}: {}", failure.message).into());
+        Failure { message: message.unwrap_or(failure.message), ..failure }
     }
 
     /// Whether the record says which columns there are, and not the file.
@@ -262,12 +295,14 @@ impl Case {
         let Some((_, first)) = run.rows.first() else { return Ok(()) };
         if let Self::Statement { sql, .. } = self {
             let statement = within(longest, transaction.prepare(sql)).await?;
-            let each = run.rows.iter().filter_map(|(_, row)| match &row.content {
-                Content::Parameters(values) => Some(values),
-                Content::Values { .. } => None,
-            });
-            for values in each {
-                let texts: Vec<AsText<'_>> = values.iter().map(|value| AsText(value.as_deref())).collect();
+            for (_, row) in &run.rows {
+                let texts: Vec<Option<String>> = row
+                    .parameters()
+                    .iter()
+                    .zip(statement.params())
+                    .map(|(value, of)| as_text(value.get(), of))
+                    .collect();
+                let texts: Vec<AsText<'_>> = texts.iter().map(|text| AsText(text.as_deref())).collect();
                 let parameters: Vec<&(dyn ToSql + Sync)> =
                     texts.iter().map(|text| text as &(dyn ToSql + Sync)).collect();
                 within(longest, transaction.execute(&statement, &parameters)).await?;
@@ -284,6 +319,19 @@ impl Case {
         let statement = within(longest, transaction.prepare(&sql)).await?;
         let rows = AsText(Some(&json));
         within(longest, transaction.execute(&statement, &[&rows])).await.map(|_| ())
+    }
+
+    /// The table, as SQL names it.
+    pub(super) fn quoted_table(&self) -> Option<&str> {
+        match self {
+            Self::Upsert { table, .. } | Self::Insert { table, .. } | Self::Delete { table, .. } => Some(table),
+            Self::Statement { .. } => None,
+        }
+    }
+
+    /// The table, as a person names it.
+    pub(super) fn table(&self) -> Option<String> {
+        self.quoted_table().map(|table| table.replace('"', ""))
     }
 
     /// The table, if the case is an insert and a row that is in its way is an error: what COPY does.
@@ -383,7 +431,7 @@ fn fit_a_table(fields: &IndexMap<String, Box<RawValue>>) -> Result<(), Failure> 
 }
 
 /// The rows as a JSON array of objects.
-fn array(columns: &[String], rows: &[&Row]) -> String {
+pub(super) fn array(columns: &[String], rows: &[&Row]) -> String {
     let names: Vec<String> = columns.iter().map(|name| Value::from(name.as_str()).to_string()).collect();
     let object = |row: &&Row| {
         let fields = names.iter().zip(row.values()).map(|(name, value)| format!("{name}:{}", value.get()));
@@ -407,16 +455,33 @@ fn folded(rows: &[(usize, Row)]) -> Vec<&Row> {
     rows.iter().enumerate().filter(is_last).map(|(_, (_, row))| row).collect()
 }
 
-/// A parameter as text: null where the record has null.
-fn parameter(document: &Document, scope: &Scope<'_>) -> Result<Option<String>, Failure> {
+/// A parameter as JSON.
+fn parameter(document: &Document, number: usize, scope: &Scope<'_>) -> Result<Box<RawValue>, Failure> {
+    let wrong = |why: &str| Failure::rendering(format!("parameter ${number}{why}"));
     let mut out = Vec::new();
-    document.render_json(scope, &mut out)?;
-    let not_text = || Failure::rendering("a parameter is no text");
-    Ok(match serde_json::from_slice::<&RawValue>(&out).map_err(|_| not_text())?.get() {
+    document.render_json(scope, &mut out).map_err(|error| wrong(&format!(": {error}")))?;
+    let value: Box<RawValue> = serde_json::from_slice(&out).map_err(|_| wrong(" is no JSON"))?;
+    if value.get().starts_with('"') && serde_json::from_str::<String>(value.get()).is_err() {
+        return Err(wrong(" is no text"));
+    }
+    Ok(value)
+}
+
+/// JSON as the text of a value of this type; none is null. Of an array that cannot be one the server says so.
+fn as_text(json: &str, of: &Type) -> Option<String> {
+    match json {
         "null" => None,
-        text if text.starts_with('"') => Some(serde_json::from_str(text).map_err(|_| not_text())?),
+        json if matches!(*of, Type::JSON | Type::JSONB) => Some(json.to_owned()),
+        text if text.starts_with('"') => serde_json::from_str(text).ok(),
+        list if list.starts_with('[') => match of.kind() {
+            Kind::Array(inner) => {
+                let way = if matches!(*inner, Type::JSON | Type::JSONB) { Way::Json } else { Way::Text };
+                value::array(way, list).or_else(|| Some(list.to_owned()))
+            }
+            _ => Some(list.to_owned()),
+        },
         other => Some(other.to_owned()),
-    })
+    }
 }
 
 /// A value that the server reads from text, whatever the parameter's type.

@@ -10,7 +10,7 @@ use tokio_postgres::error::SqlState;
 use super::copy::Copied;
 use super::statement::{Row, Run, runs};
 use super::verdict::{Ended, is_for_insert, is_the_columns, is_the_values, within};
-use super::{PostgresSink, make_barrier};
+use super::{PostgresSink, make_barrier, refusal};
 use crate::sink::{Failure, Operation, Verdict};
 
 /// How a transaction is gone about.
@@ -145,7 +145,9 @@ impl PostgresSink {
                         left.push(run);
                         continue;
                     }
-                    let failure = Failure { verdict: Verdict::Never, ..Ended::Said(error).judge(self.shown()) };
+                    let Some((_, row)) = run.rows.first() else { continue };
+                    let why = refusal::explain(&mut transaction, case, row, &error, longest).await?;
+                    let failure = Failure::new(Verdict::Never, format!("{}: {why}", self.shown()));
                     for (index, _) in run.rows {
                         refused_keys.extend(batch.get(index).and_then(|operation| operation.event.key.as_deref()));
                         failed.push((index, failure.clone()));

@@ -12,6 +12,9 @@ use crate::sink::{Failure, Verdict};
 /// The server itself ends a statement after the timeout; so much later its word should be here.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// Quotation marks of the languages in which servers speak.
+const MARKS: [char; 8] = ['"', '«', '»', '„', '“', '”', '‘', '’'];
+
 /// How a call to the server ended that brought nothing.
 #[derive(Debug)]
 pub(super) enum Ended {
@@ -94,12 +97,29 @@ fn judge(shown: &str, error: &tokio_postgres::Error) -> Failure {
         // Nobody can say what took effect; a closed connection is an outage, and so is one that cannot be made.
         return Failure::new(Verdict::Down, format!("{shown}: {}", explain(error)));
     };
-    let place =
-        [said.table().map(|table| format!("table {table}")), said.column().map(|column| format!("column {column}"))];
-    let constraint = said.constraint().map(|constraint| format!("constraint {constraint}"));
-    let place = place.into_iter().flatten().chain(constraint).collect::<Vec<_>>().join(", ");
-    let place = if place.is_empty() { String::new() } else { format!(" [{place}]") };
-    Failure::new(of_code(said.code()), format!("{shown}: {}{place}", explain(error)))
+    let place = [
+        said.table().map(|table| format!("table {table}")),
+        said.column().map(|column| format!("column {column}")),
+        said.constraint().map(|constraint| format!("constraint {constraint}")),
+    ];
+    Failure::new(of_code(said.code()), format!("{shown}: {}", told(error, place)))
+}
+
+/// What the server said, and where. Not the value that it said it of.
+pub(super) fn told(error: &tokio_postgres::Error, place: impl IntoIterator<Item = Option<String>>) -> String {
+    let of_data = error.code().is_some_and(|code| code.code().starts_with("22"));
+    let said = if of_data { without_values(&explain(error)) } else { explain(error) };
+    let place = place.into_iter().flatten().collect::<Vec<_>>().join(", ");
+    if place.is_empty() { said } else { format!("{said} [{place}]") }
+}
+
+/// The server's words without what it quotes: of errors of this class that is the value.
+fn without_values(message: &str) -> String {
+    let (first, last) = (message.find(MARKS), message.rfind(MARKS));
+    let Some((first, last)) = first.zip(last).filter(|(first, last)| first < last) else { return message.to_owned() };
+    let (before, rest) = (message.get(..first).unwrap_or_default(), message.get(last..).unwrap_or_default());
+    let after: String = rest.chars().skip(1).collect();
+    format!("{before}…{after}")
 }
 
 /// The failure of not getting a connection.
@@ -110,6 +130,20 @@ pub(super) fn judge_pool(shown: &str, error: &PoolError) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_server_quotes_is_not_repeated() {
+        for (said, told) in [
+            (r#"invalid input syntax for type uuid: "geheim""#, "invalid input syntax for type uuid: …"),
+            (r#"invalid input syntax for type uuid: "a "geheim" b""#, "invalid input syntax for type uuid: …"),
+            (r#"value "1234" is out of range for type bigint"#, "value … is out of range for type bigint"),
+            ("ungültige Eingabesyntax für Typ uuid: »geheim«", "ungültige Eingabesyntax für Typ uuid: …"),
+            ("numeric field overflow", "numeric field overflow"),
+            ("a lone \" is kept", "a lone \" is kept"),
+        ] {
+            assert_eq!(without_values(said), told);
+        }
+    }
 
     #[test]
     fn the_server_speaks_of_the_row_of_the_moment_or_of_itself() {

@@ -379,10 +379,19 @@ macro_rules! pairs {
     };
 }
 
-/// What stands by a place in the log outlives a restart. A message of a queue comes under another number then.
-macro_rules! marks {
+/// What only is where records have places that outlive a restart and several branches read them: a message of a queue comes
+/// under another number then, and to one branch.
+macro_rules! places {
     ($attribute:tt $kind:ty) => {
-        suite! { $attribute marks, $kind, shelf: marks_outlive_a_restart_until_the_frontier_has_passed; }
+        suite! {
+            $attribute places, $kind,
+            shelf:
+                marks_outlive_a_restart_until_the_frontier_has_passed
+                every_filter_means_the_same_alone_together_and_in_pages
+                what_is_replayed_or_purged_is_what_would_be_listed;
+            find:
+                a_write_is_found_on_its_way;
+        }
     };
 }
 
@@ -403,13 +412,6 @@ macro_rules! alone {
                 a_delay_is_as_long_as_the_log_itself_can_wait
                 a_pause_outlives_a_restart_where_it_is_kept_and_is_over_when_it_is_cleared;
         }
-    };
-}
-
-/// Where a write is can be asked wherever records have places.
-macro_rules! found {
-    ($attribute:tt $kind:ty) => {
-        suite! { $attribute found, $kind, find: a_write_is_found_on_its_way; }
     };
 }
 
@@ -440,12 +442,12 @@ macro_rules! kind {
     };
 }
 
-kind!([cfg(test)] embedded, OnDisk: logs pairs marks found at_home);
-kind!([cfg(test)] memory, InMemory: logs pairs marks found at_home);
-kind!([ignore = "needs PostgreSQL: run tests/run"] postgres_shelf, foreign::OnPostgres: logs pairs marks found);
-kind!([ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka, foreign::OnKafka<true>: logs pairs marks found shared);
+kind!([cfg(test)] embedded, OnDisk: logs pairs places at_home);
+kind!([cfg(test)] memory, InMemory: logs pairs places at_home);
+kind!([ignore = "needs PostgreSQL: run tests/run"] postgres_shelf, foreign::OnPostgres: logs pairs places);
+kind!([ignore = "needs Kafka and PostgreSQL: run tests/run"] kafka, foreign::OnKafka<true>: logs pairs places shared);
 kind!([ignore = "needs Kafka: run tests/run"] kafka_alone, foreign::OnKafka<false>: logs alone);
-kind!([ignore = "needs Redis: run tests/run"] redis_streams, redis::OnRedis: logs pairs marks found shared);
+kind!([ignore = "needs Redis: run tests/run"] redis_streams, redis::OnRedis: logs pairs places shared);
 kind!([ignore = "needs SQS and PostgreSQL: run tests/run"] sqs_standard, sqs::OnSqs<false, true>: logs pairs shared);
 kind!([ignore = "needs SQS: run tests/run"] sqs_standard_alone, sqs::OnSqs<false, false>: logs alone);
 kind!([ignore = "needs SQS and PostgreSQL: run tests/run"] sqs_fifo, sqs::OnSqs<true, true>: logs pairs shared);

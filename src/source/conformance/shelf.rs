@@ -13,8 +13,8 @@ use super::{
 use crate::clock::Timestamp;
 use crate::record::Position;
 use crate::source::{
-    Admitted, AsideRow, BranchStart, DeadLetter, DeadQuery, DeadReason, Entry, Log, ParkedQuery, RowKey, Scheduled,
-    Settlement, Shelf, Start, StoredPause, Write, lane_of,
+    Admitted, AsideRow, BranchName, BranchStart, DeadLetter, DeadQuery, DeadReason, Entry, Log, ParkedQuery, RowKey,
+    Scheduled, Settlement, Shelf, Start, StoredPause, Write, lane_of,
 };
 
 fn after<K: Kind>(kind: &K, seconds: u64) -> Timestamp {
@@ -268,6 +268,107 @@ pub(super) async fn a_dead_letter_ends_its_row_and_is_listed_by_each_filter<K: K
     assert_eq!(page.rows[0].row, row(&entries[0]));
     let next = shelf.dead_letters(DeadQuery { limit: 1, after: page.next, ..DeadQuery::default() }).await.unwrap();
     assert_eq!(next.rows, [DeadLetter { at: later, ..letter(&kind, &entries[1], DeadReason::Refused, false) }]);
+}
+
+/// Seven letters of two branches, keys and times. What is dead is numbered as it came.
+async fn seven<K: Kind>(kind: &K) -> (BranchName, Vec<DeadLetter>) {
+    let other = BranchName::new("sink", Some("eu"));
+    let log = kind.log();
+    for (key, payload) in [(Some("a"), "0"), (Some("b"), "1"), (None, "2"), (Some("a"), "3"), (Some("A"), "4")] {
+        log.admit(vec![write(key, payload)]).await.unwrap();
+    }
+    let entries = read(&mut *log.open_branch(&branch(), Start::Earliest).await.unwrap().subscription, 5).await;
+    log.open_branch(&other, Start::Earliest).await.unwrap();
+    let mut letters = Vec::new();
+    for (at, of, reason, error) in [
+        (0, branch(), DeadReason::Refused, "50% of_it"),
+        (1, branch(), DeadReason::Exhausted, "50 percent"),
+        (0, other.clone(), DeadReason::Refused, "50% of it"),
+        (2, branch(), DeadReason::Script, "ÄÖ 'quoted' \\ \"x\""),
+        (3, other.clone(), DeadReason::Script, ""),
+        (3, branch(), DeadReason::NoRoute, "äö"),
+        (4, other.clone(), DeadReason::Refused, "of_it"),
+    ] {
+        let entry = &entries[at];
+        let letter = DeadLetter { branch: of.clone(), last_error: error.into(), ..letter(kind, entry, reason, false) };
+        let settlement = Settlement { dead: vec![letter.clone()], ..Settlement::default() };
+        kind.shelf().settle(&of, settlement).await.unwrap();
+        letters.push(letter);
+        kind.clock().advance(Duration::from_secs(10));
+    }
+    (other, letters)
+}
+
+pub(super) async fn every_filter_means_the_same_alone_together_and_in_pages<K: Kind>(kind: K) {
+    let (other, letters) = seven(&kind).await;
+    let shelf = kind.shelf();
+    let of = |text: &str| DeadQuery { error_contains: Some(text.into()), ..DeadQuery::default() };
+    let key = |text: &str| DeadQuery { key: Some(text.into()), ..DeadQuery::default() };
+    let eu = DeadQuery { branch: Some(other.as_str().to_owned()), ..DeadQuery::default() };
+    let (second, fifth) = (Some(letters[1].at), Some(letters[4].at));
+    let queries: [(DeadQuery, &[usize]); 17] = [
+        (DeadQuery::default(), &[0, 1, 2, 3, 4, 5, 6]),
+        (eu.clone(), &[2, 4, 6]),
+        (key("a"), &[0, 2, 4, 5]),
+        (key("A"), &[6]),
+        (key(""), &[]),
+        (DeadQuery { reason: Some(DeadReason::Script), ..DeadQuery::default() }, &[3, 4]),
+        (DeadQuery { id: Some(letters[0].record.id), ..DeadQuery::default() }, &[0, 2]),
+        (DeadQuery { from: second, to: fifth, ..DeadQuery::default() }, &[1, 2, 3]),
+        (DeadQuery { from: fifth, to: second, ..DeadQuery::default() }, &[]),
+        // A text stands for itself alone.
+        (of("50% of_"), &[0]),
+        (of("_"), &[0, 6]),
+        (of("%"), &[0, 2]),
+        (of("'quoted' \\ \""), &[3]),
+        (of("äö"), &[5]),
+        (of(""), &[0, 1, 2, 3, 4, 5, 6]),
+        (DeadQuery { reason: Some(DeadReason::Refused), from: second, ..key("a") }, &[2]),
+        (DeadQuery { to: fifth, error_contains: Some("5".into()), ..eu }, &[2]),
+    ];
+    for (query, expected) in queries {
+        let expected: Vec<&DeadLetter> = expected.iter().map(|at| &letters[*at]).collect();
+        // A page without a limit has one row.
+        for limit in [0, 2, 3, 7, usize::MAX] {
+            let (mut found, mut after) = (Vec::new(), None);
+            loop {
+                let page = shelf.dead_letters(DeadQuery { limit, after, ..query.clone() }).await.unwrap();
+                assert!(page.rows.len() <= limit.max(1), "{query:?} by {limit}: {}", page.rows.len());
+                found.extend(page.rows);
+                after = page.next;
+                if after.is_none() {
+                    break;
+                }
+                assert!(found.len() < expected.len(), "{query:?} by {limit}: a page after the last");
+            }
+            assert_eq!(found.iter().collect::<Vec<_>>(), expected, "{query:?} by {limit}");
+        }
+    }
+}
+
+pub(super) async fn what_is_replayed_or_purged_is_what_would_be_listed<K: Kind>(kind: K) {
+    let (other, letters) = seven(&kind).await;
+    let shelf = kind.shelf();
+    let page = shelf.dead_letters(DeadQuery { limit: 2, ..DeadQuery::default() }).await.unwrap();
+    let behind = DeadQuery { after: page.next, ..DeadQuery::default() };
+    // An overtaken one counts as one of those that were meant.
+    let overtaken = Settlement { overtaken: vec![letters[2].row], ..Settlement::default() };
+    shelf.settle(&other, overtaken).await.unwrap();
+    let a = DeadQuery { key: Some("a".into()), limit: 2, ..behind.clone() };
+    let replayed = shelf.replay(a, false).await.unwrap();
+    assert_eq!((replayed.replayed, replayed.overtaken), (1, 1));
+    let left = async || {
+        let rows = shelf.dead_letters(all()).await.unwrap().rows;
+        rows.iter().map(|letter| letters.iter().position(|one| one.at == letter.at).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(left().await, [0, 1, 2, 3, 5, 6]);
+    let lanes = tokio::time::timeout(super::PATIENCE, shelf.replayed_lanes(&other)).await.unwrap();
+    assert_eq!(lanes.iter().map(|lane| (lane.first, lane.rows)).collect::<Vec<_>>(), [(letters[4].row, 1)]);
+    assert_eq!(shelf.purge(DeadQuery { limit: 2, ..behind }).await.unwrap(), 2);
+    assert_eq!(left().await, [0, 1, 5, 6]);
+    let refused = DeadQuery { reason: Some(DeadReason::Refused), ..DeadQuery::default() };
+    assert_eq!(shelf.purge(DeadQuery { limit: usize::MAX, ..refused }).await.unwrap(), 2);
+    assert_eq!(left().await, [1, 5]);
 }
 
 pub(super) async fn replay_sends_back_in_order_and_leaves_what_was_overtaken<K: Kind>(kind: K) {

@@ -34,10 +34,16 @@ fn context(clock: &Clock) -> Context {
 }
 
 async fn shelf(context: &Context) -> Arc<dyn Store> {
+    shelf_in(None, context).await
+}
+
+/// In a schema of its own, if one is named.
+async fn shelf_in(schema: Option<&str>, context: &Context) -> Arc<dyn Store> {
     let url = Some(std::env::var("WALFLOW_TEST_POSTGRES").expect("WALFLOW_TEST_POSTGRES: run tests/run"));
     // Settings of its own, so that two of them share nothing: as two processes, and whatever test made a connection first.
     let timeout = Some(crate::units::Span(Duration::from_millis(10_000 + fastrand::u64(..1_000_000))));
-    postgres::open(&PostgresShelfSpec { url, timeout, ..PostgresShelfSpec::default() }, context).await.unwrap()
+    let schema = schema.map(str::to_owned);
+    postgres::open(&PostgresShelfSpec { url, timeout, schema, ..PostgresShelfSpec::default() }, context).await.unwrap()
 }
 
 fn record(number: u16, due_at: Option<Timestamp>) -> Arc<Record> {
@@ -92,6 +98,8 @@ async fn a_release_whose_answer_is_lost_is_looked_for_and_found() {
     let pair = Foreign::new(Arc::clone(&broker) as _, Some(shelf(&context).await), SETTINGS, clock.clone());
     let write = Write { record: (*record(1, None)).clone(), due_at: Some(after(5)), idempotency: None };
     assert!(matches!(pair.admit(vec![write]).await.unwrap()[..], [Admitted::Parked { .. }]));
+    // The counts are a little behind: none yet would look like none any more.
+    until("it is parked", || pair.counts().parked == 1).await;
     broker.lose_answers(1);
     clock.advance(Duration::from_secs(5));
     until("nothing is parked any more", || pair.counts().parked == 0 && !broker.records().is_empty()).await;
@@ -233,6 +241,42 @@ async fn what_a_server_lost_while_nobody_looked_is_noticed_by_a_shelf_elsewhere(
         }
         second.close().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: run tests/run"]
+async fn who_is_not_the_one_that_releases_touches_nothing_until_the_lease_is_over() {
+    let clock = Clock::manual(NOW);
+    let (broker, context) = (MemoryBroker::new(), context(&clock));
+    let schema = format!("pair_{:012x}", fastrand::u64(..1 << 48));
+    let leader = shelf_in(Some(&schema), &context).await;
+    assert!(leader.lead(after(100)).await.unwrap());
+    leader.park(vec![Parking { record: record(1, Some(NOW)), key: None }]).await.unwrap();
+    // Every look for the lease is noted.
+    let address = std::env::var("WALFLOW_TEST_POSTGRES").unwrap();
+    let (client, connection) = tokio_postgres::connect(&address, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let note = format!(
+        "CREATE TABLE {schema}.looks (n bigserial);
+         CREATE FUNCTION {schema}.note() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN INSERT INTO {schema}.looks DEFAULT VALUES; RETURN NEW; END $$;
+         CREATE TRIGGER note BEFORE INSERT ON {schema}.leases FOR EACH ROW EXECUTE FUNCTION {schema}.note()"
+    );
+    client.batch_execute(&note).await.unwrap();
+    let store = shelf_in(Some(&schema), &context).await;
+    let pair = Foreign::new(Arc::clone(&broker) as _, Some(store), SETTINGS, clock.clone());
+    let looks = format!("SELECT count(*) FROM {schema}.looks");
+    let deadline = std::time::Instant::now() + PATIENCE;
+    // At the second look the turn of the first is over.
+    while client.query_one(&looks, &[]).await.unwrap().get::<_, i64>(0) < 2 {
+        assert!(std::time::Instant::now() < deadline, "nobody looks");
+    }
+    assert_eq!(broker.records().len(), 0);
+    assert!(leader.marked(10).await.unwrap().is_empty(), "nothing is taken");
+    clock.advance(Duration::from_secs(101));
+    until("it is released when the lease is over", || broker.records().len() == 1).await;
+    pair.close().await;
+    client.batch_execute(&format!("DROP SCHEMA {schema} CASCADE")).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,6 +1,7 @@
 //! What the log in memory holds, and every change to it. Pure: the time comes in with the call, nothing waits.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use crate::clock::Timestamp;
 use crate::record::{Position, Record, RecordId};
 use crate::source::{
     Admitted, AsideLane, AsideRow, BranchName, DeadLetter, DeadQuery, Entry, Epoch, Fate, Found, IdempotencyKey, Lag,
-    Page, ParkedQuery, ParkedRow, Replayed, RowKey, Scheduled, Settlement, Start, StoredPause, Write, lane_of,
+    Page, ParkedQuery, ParkedRow, Replayed, RowKey, Scheduled, Settlement, Start, StoredPause, Write,
 };
 
 /// One branch's progress and rows.
@@ -363,20 +364,12 @@ impl Store {
 
     /// The matching dead letters, with the number of each and its branch.
     fn matching(&self, query: &DeadQuery) -> Vec<(u64, BranchName, &DeadLetter)> {
-        let after: u64 = query.after.as_deref().and_then(|token| token.parse().ok()).unwrap_or(0);
-        let fits = |letter: &DeadLetter| {
-            query.branch.as_ref().is_none_or(|branch| letter.branch.as_str() == branch)
-                && query.reason.is_none_or(|reason| letter.reason == reason)
-                && query.id.is_none_or(|id| letter.record.id == id)
-                && query.key.as_ref().is_none_or(|key| letter.record.key.as_deref() == Some(key))
-                && query.from.is_none_or(|from| letter.at >= from)
-                && query.to.is_none_or(|to| letter.at < to)
-                && query.error_contains.as_ref().is_none_or(|text| letter.last_error.contains(text.as_str()))
-        };
+        let fits =
+            |letter: &DeadLetter| query.takes(letter, &letter.branch, &letter.record.id, letter.record.key.as_deref());
         let of_branch = |(name, branch): (&BranchName, &'_ Branch)| -> Vec<(u64, BranchName)> {
             branch
                 .dead
-                .range(after + 1..)
+                .range((Bound::Excluded(query.after_number()), Bound::Unbounded))
                 .filter(|(_, letter)| fits(letter))
                 .map(|(number, _)| (*number, name.clone()))
                 .collect()
@@ -394,7 +387,7 @@ impl Store {
 
     pub(super) fn dead_page(&self, query: &DeadQuery) -> Page<DeadLetter> {
         let found = self.matching(query);
-        let limit = query.limit.max(1);
+        let limit = query.rows();
         let next = found.get(limit).and_then(|_| found.get(limit - 1)).map(|(number, ..)| number.to_string());
         Page { rows: found.into_iter().take(limit).map(|(_, _, letter)| letter.clone()).collect(), next }
     }
@@ -404,7 +397,7 @@ impl Store {
         let found: Vec<(u64, BranchName, bool)> = self
             .matching(query)
             .into_iter()
-            .take(query.limit.max(1))
+            .take(query.rows())
             .map(|(number, name, letter)| (number, name, letter.overtaken))
             .collect();
         for (number, name, overtaken) in found {
@@ -414,20 +407,9 @@ impl Store {
             }
             let branch = self.branch(&name);
             let Some(letter) = branch.dead.remove(&number) else { continue };
-            let lane = lane_of(letter.record.key.as_deref(), letter.row);
-            branch.replayed.insert(lane.clone());
             branch.ended_at(letter.row);
-            let row = AsideRow {
-                row: letter.row,
-                lane,
-                record: letter.record,
-                rendered: None,
-                attempts: 0,
-                first_failed: now,
-                next_try: now,
-                last_error: letter.last_error,
-                replayed: true,
-            };
+            let row = AsideRow::replayed(letter, now);
+            branch.replayed.insert(row.lane.clone());
             branch.aside.insert(row.row, row);
             answer.replayed += 1;
         }
@@ -442,7 +424,7 @@ impl Store {
 
     pub(super) fn purge(&mut self, query: &DeadQuery) -> u64 {
         let found: Vec<(u64, BranchName)> =
-            self.matching(query).into_iter().take(query.limit.max(1)).map(|(number, name, _)| (number, name)).collect();
+            self.matching(query).into_iter().take(query.rows()).map(|(number, name, _)| (number, name)).collect();
         for (number, name) in &found {
             let branch = self.branch(name);
             if let Some(letter) = branch.dead.remove(number) {

@@ -7,7 +7,7 @@ use super::rows::{Fields, id_bytes, reason_word, record, text, time};
 use crate::clock::Timestamp;
 use crate::record::RecordId;
 use crate::source::foreign::store::StoredRecord;
-use crate::source::{AsideRow, BranchName, DeadLetter, DeadQuery, Fate, LogError, Page, Replayed, RowKey, lane_of};
+use crate::source::{AsideRow, BranchName, DeadLetter, DeadQuery, Fate, LogError, Page, Replayed, RowKey};
 
 /// What a query narrows by, as parameters 2 to 9.
 struct Wanted {
@@ -37,8 +37,8 @@ impl Wanted {
             from: query.from.map(Timestamp::as_millis),
             to: query.to.map(Timestamp::as_millis),
             error: query.error_contains.as_deref().map(text),
-            after: query.after.as_deref().and_then(|token| token.parse().ok()).unwrap_or(0),
-            limit: i64::try_from(query.limit.max(1) + more).unwrap_or(i64::MAX),
+            after: i64::try_from(query.after_number()).unwrap_or(i64::MAX),
+            limit: i64::try_from(query.rows().saturating_add(more)).unwrap_or(i64::MAX),
         }
     }
 
@@ -66,7 +66,7 @@ impl Inner {
         let wanted = Wanted::new(query, 1);
         let text = self.sql(&format!("SELECT * FROM {{s}}.dead WHERE {WHERE}"));
         let rows = client.query(&text, &wanted.parameters(&self.namespace)).await.map_err(&failed)?;
-        let limit = query.limit.max(1);
+        let limit = query.rows();
         let page = rows.get(..limit).unwrap_or(&rows);
         let letters: Vec<DeadLetter> =
             page.iter().map(|row| Fields(row).dead().map_err(&failed)?).collect::<Result<_, LogError>>()?;
@@ -97,20 +97,11 @@ impl Inner {
                 continue;
             }
             answer.replayed += 1;
-            let row = AsideRow {
-                row: letter.row,
-                lane: lane_of(letter.record.key.as_deref(), letter.row),
-                record: letter.record,
-                rendered: None,
-                attempts: 0,
-                first_failed: now,
-                next_try: now,
-                last_error: letter.last_error,
-                replayed: true,
-            };
-            match back.iter_mut().find(|(branch, _)| *branch == letter.branch) {
+            let branch = letter.branch.clone();
+            let row = AsideRow::replayed(letter, now);
+            match back.iter_mut().find(|(known, _)| *known == branch) {
                 Some((_, rows)) => rows.push(row),
-                None => back.push((letter.branch, vec![row])),
+                None => back.push((branch, vec![row])),
             }
         }
         for (branch, rows) in &back {

@@ -12,7 +12,7 @@ use super::{PostgresShelfSpec, open, shown};
 use crate::clock::{Clock, Timestamp};
 use crate::record::{Position, Record, RecordId};
 use crate::source::foreign::open::Context;
-use crate::source::foreign::store::{Parking, Store};
+use crate::source::foreign::store::{Parking, Releasing, Store};
 use crate::source::{AsideLane, BranchName, DeadLetter, DeadQuery, DeadReason, LogError, Reach, RowKey, Settlement};
 use crate::units::Span;
 
@@ -194,6 +194,27 @@ async fn a_part_that_was_left_without_a_word_at_its_place_counts_one_more_stop()
     assert_eq!(stops(6, "e").await, 1);
     store.leave_branch(&branch(), "e").await.unwrap();
     assert_eq!(stops(6, "f").await, 0, "it was left in order");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: run tests/run"]
+async fn two_that_take_what_is_due_take_different_rows_and_neither_waits_for_the_other() {
+    let spec = spec();
+    let store = open(&spec, &context()).await.unwrap();
+    let due = |number| Arc::new(Record { due_at: Some(NOW), ..(*record(number, 0)).clone() });
+    store.park((1..=3).map(|number| Parking { record: due(number), key: None }).collect()).await.unwrap();
+    // One whose lease ran out while it worked is about to mark the first.
+    let mut other = aside_of_it(&server()).await;
+    let marking = other.transaction().await.unwrap();
+    let mark = format!("UPDATE {}.parked SET place = '0' WHERE id = $1", spec.schema.as_deref().unwrap());
+    assert_eq!(marking.execute(&mark, &[&&due(1).id.as_bytes()[..]]).await.unwrap(), 1);
+    let taken = tokio::time::timeout(PATIENCE, store.take_due(NOW, 10, "7".into())).await.expect("it waits").unwrap();
+    let ids = |rows: &[Releasing]| rows.iter().map(|row| row.record.id).collect::<Vec<_>>();
+    assert_eq!(ids(&taken), [due(2).id, due(3).id]);
+    marking.commit().await.unwrap();
+    assert!(store.take_due(NOW, 10, "8".into()).await.unwrap().is_empty());
+    let places: Vec<_> = store.marked(10).await.unwrap().iter().map(|row| row.place.to_string()).collect();
+    assert_eq!(places, ["0", "7", "7"], "each as who took it marked it");
 }
 
 /// What becomes of connections through a relay.

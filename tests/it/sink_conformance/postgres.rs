@@ -42,18 +42,19 @@ struct Rows {
 }
 
 impl Target for Rows {
-    fn kind(&self) -> Kind {
+    fn sink(&self) -> Box<dyn Sink> {
         let address = url();
         let behind = address.rsplit('@').next().unwrap().split('/').next().unwrap();
         let address = address.replace(behind, &self.proxy.address().to_string());
-        Kind::Postgres(Box::new(
-            serde_json::from_value(json!({
-                "url": address,
-                "timeout": "5s",
-                "insert": { "table": self.table, "columns": { "dest": "{payload.to}", "body": "{payload}" } },
-            }))
-            .unwrap(),
-        ))
+        sink(json!({
+            "url": address,
+            "timeout": "5s",
+            "insert": { "table": self.table, "columns": { "dest": "{payload.to}", "body": "{payload}" } },
+        }))
+    }
+
+    fn refused(&self) -> Option<String> {
+        Some(r#"{"to":"nobody"}"#.to_owned())
     }
 
     async fn arrived(&mut self) -> Vec<String> {
@@ -77,7 +78,9 @@ impl Target for Rows {
 async fn postgres_conforms() {
     let client = client().await;
     let table = table("rows");
-    let make = format!("CREATE TABLE {table} (n bigserial PRIMARY KEY, dest text NOT NULL, body text NOT NULL)");
+    let make = format!(
+        "CREATE TABLE {table} (n bigserial PRIMARY KEY, dest text CHECK (dest <> 'nobody'), body text NOT NULL)"
+    );
     client.batch_execute(&make).await.unwrap();
     let address = url();
     let behind = address.rsplit('@').next().unwrap().split('/').next().unwrap().to_owned();
@@ -153,6 +156,21 @@ async fn records_of_one_key_in_a_batch_are_folded_in_order_and_one_bad_row_is_al
     assert!(why.contains("23514") && why.contains(&format!("constraint {table}_state_check")), "{why}");
     let all = format!("SELECT string_agg(id || '=' || state, ',' ORDER BY id) FROM {table}");
     assert_eq!(one(&client, &all).await, "1=sent,4=new");
+    // Keys that are one to the table and written differently; and a run that only neighbours may join.
+    let mut gone = put(14, 6, "x");
+    gone.case = 1;
+    let batch = [
+        operation(11, r#"{"id": "7", "state": "z"}"#),
+        put(12, 7, "a"),
+        put(13, 7, "b"),
+        put(15, 6, "old"),
+        gone,
+        put(16, 6, "again"),
+        put(17, 8, "first"),
+        put(18, 8, "last"),
+    ];
+    assert_eq!(verdicts(&sink.write(&batch).await), []);
+    assert_eq!(one(&client, &all).await, "1=sent,4=new,6=again,7=b,8=last");
     // Of a key, nothing overtakes what was refused.
     let with_key =
         |number: u16, state: &str| keyed(number, Some("k"), &json!({"id": number, "state": state}).to_string());

@@ -7,6 +7,7 @@ use serde_json::json;
 use walflow::sink::Verdict;
 
 use super::postgres::{client, one, sink, table, url};
+use super::postgres_copy::MANY;
 use super::{operation, verdicts};
 use crate::proxy::{Proxy, Way};
 
@@ -250,7 +251,7 @@ async fn a_table_that_is_dropped_under_load_and_made_again_is_an_outage_and_lose
         client.batch_execute(&make("text")).await.unwrap();
         made_again.set(true);
     };
-    let all = async { tokio::join!(writer(1, 150), writer(2, 150), writer(3, 10), writer(4, 1), operator) };
+    let all = async { tokio::join!(writer(1, MANY), writer(2, MANY), writer(3, 10), writer(4, 1), operator) };
     let (first, second, third, fourth, ()) = tokio::time::timeout(Duration::from_secs(60), all).await.expect("an end");
     for (name, rows) in [first, second, third, fourth].concat() {
         let there = format!("SELECT count(*)::text FROM {table} WHERE id LIKE '{name}/%' AND s = 'a\u{e9}'");

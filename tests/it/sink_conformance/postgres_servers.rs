@@ -7,6 +7,7 @@ use tokio_postgres::{Client, NoTls};
 use walflow::sink::{Operation, Sink, Verdict};
 
 use super::postgres::{one, sink};
+use super::postgres_copy::MANY;
 use super::{operation, verdicts};
 use crate::servers::Server;
 
@@ -26,15 +27,15 @@ async fn a_server_that_is_killed_in_a_transaction_has_nothing_of_it_and_gets_all
     let sink = sink(json!({
         "url": format!("postgres://postgres@{}/postgres", server.address()),
         "cases": [
-            { "when": "payload.id <= 150", "insert": { "table": "t" } },
+            { "when": format!("payload.id <= {MANY}"), "insert": { "table": "t" } },
             { "upsert": { "table": "t", "key": ["id"] } },
         ],
     }));
     // Many rows are copied, the last waits for a lock: the middle of a transaction.
-    locker.batch_execute("BEGIN; INSERT INTO t VALUES (151)").await.unwrap();
+    locker.batch_execute("BEGIN; INSERT INTO t VALUES (1001)").await.unwrap();
     let mut batch: Vec<Operation> =
-        (1..=151).map(|number| operation(number, &json!({ "id": number }).to_string())).collect();
-    batch[150].case = 1;
+        (1..=MANY + 1).map(|number| operation(number, &json!({ "id": number }).to_string())).collect();
+    batch[usize::from(MANY)].case = 1;
     let waits =
         "SELECT count(*)::text FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%ON CONFLICT%'";
     let kill = async {
@@ -50,7 +51,7 @@ async fn a_server_that_is_killed_in_a_transaction_has_nothing_of_it_and_gets_all
     assert_eq!(one(&client, "SELECT count(*)::text FROM t").await, "0");
     // Were one row of it there, a plain insert of the same would be refused.
     assert_eq!(verdicts(&sink.write(&batch).await), []);
-    assert_eq!(one(&client, "SELECT concat_ws(' ', count(*), min(id), max(id)) FROM t").await, "151 1 151");
+    assert_eq!(one(&client, "SELECT concat_ws(' ', count(*), min(id), max(id)) FROM t").await, "1001 1 1001");
 }
 
 /// Writes a certificate and its key to where the server looks for them, as the server's own user.

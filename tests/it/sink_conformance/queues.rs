@@ -9,7 +9,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use serde_json::json;
-use walflow::sink::{Kind, Verdict};
+use walflow::sink::{Kind, Sink, Verdict};
 
 use super::web::{Answer, Web};
 use super::{PAYLOADS, Target, conforms, keyed, open, operation, verdicts};
@@ -46,9 +46,14 @@ struct Topic {
 }
 
 impl Target for Topic {
-    fn kind(&self) -> Kind {
+    fn sink(&self) -> Box<dyn Sink> {
         let spec = json!({ "brokers": self.server.address(), "topic": "to-{payload.to}", "timeout": "2s" });
-        Kind::Kafka(Box::new(serde_json::from_value(spec).unwrap()))
+        open(&Kind::Kafka(Box::new(serde_json::from_value(spec).unwrap())), "".into())
+    }
+
+    /// Larger than the broker takes.
+    fn refused(&self) -> Option<String> {
+        Some(json!({ "to": "a", "x": "y".repeat(2 << 20) }).to_string())
     }
 
     async fn arrived(&mut self) -> Vec<String> {
@@ -193,6 +198,7 @@ fn queue(endpoint: &str, queue: &str, more: serde_json::Value) -> Kind {
 
 struct Queue {
     server: Server,
+    name: &'static str,
 }
 
 impl Queue {
@@ -202,12 +208,16 @@ impl Queue {
 }
 
 impl Target for Queue {
-    fn kind(&self) -> Kind {
-        queue(&self.endpoint(), "conforms", json!({ "attributes": { "to": "{payload.to}" } }))
+    fn sink(&self) -> Box<dyn Sink> {
+        open(&queue(&self.endpoint(), self.name, json!({ "attributes": { "to": "{payload.to}" } })), "".into())
+    }
+
+    fn keeps_order(&self) -> bool {
+        self.name.ends_with(".fifo")
     }
 
     async fn arrived(&mut self) -> Vec<String> {
-        drain(&self.endpoint(), "conforms").await.into_iter().map(|(body, _)| body).collect()
+        drain(&self.endpoint(), self.name).await.into_iter().map(|(body, _)| body).collect()
     }
 
     async fn stop(&mut self) {
@@ -222,9 +232,11 @@ impl Target for Queue {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs servers: run tests/run"]
 async fn sqs_conforms() {
-    let target = Queue { server: Server::start("sqs").await };
-    make_queue(&target.endpoint(), "conforms").await;
-    conforms(target).await;
+    for name in ["conforms", "conforms.fifo"] {
+        let target = Queue { server: Server::start("sqs").await, name };
+        make_queue(&target.endpoint(), name).await;
+        conforms(target).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

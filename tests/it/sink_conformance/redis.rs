@@ -75,13 +75,9 @@ impl Relay {
         self.serve(listener);
     }
 
-    fn kind(&self, mut spec: Value) -> Kind {
+    fn sink(&self, mut spec: Value) -> Box<dyn Sink> {
         spec["url"] = format!("redis://{}", self.address).into();
-        Kind::Redis(Box::new(serde_json::from_value(spec).unwrap()))
-    }
-
-    fn sink(&self, spec: Value) -> Box<dyn Sink> {
-        open(&self.kind(spec), "".into())
+        open(&Kind::Redis(Box::new(serde_json::from_value(spec).unwrap())), "".into())
     }
 }
 
@@ -114,9 +110,13 @@ struct Stream {
 }
 
 impl Target for Stream {
-    fn kind(&self) -> Kind {
+    fn sink(&self) -> Box<dyn Sink> {
         let key = format!("{}:{{payload.to}}", self.key);
-        self.relay.kind(json!({ "cases": [{ "command": "xadd", "key": key }] }))
+        self.relay.sink(json!({ "cases": [{ "command": "xadd", "key": key }] }))
+    }
+
+    fn refused(&self) -> Option<String> {
+        Some(r#"{"to":"text"}"#.to_owned())
     }
 
     async fn arrived(&mut self) -> Vec<String> {
@@ -147,6 +147,7 @@ impl Target for Stream {
 async fn redis_conforms() {
     let key = "walflow-test:conforms".to_owned();
     ask(&["DEL", &format!("{key}:a")]).await;
+    ask(&["SET", &format!("{key}:text"), "no stream"]).await;
     conforms(Stream { relay: Relay::start().await, key, last: "0-0".to_owned() }).await;
 }
 

@@ -13,7 +13,7 @@ use crate::source::embedded::queue::{Answer, Draft, want_cursor};
 use crate::source::embedded::state::WaitingRow;
 use crate::source::{
     AsideLane, AsideRow, BranchName, DeadLetter, DeadQuery, LogError, Page, ParkedQuery, ParkedRow, Replayed,
-    Scheduled, Settlement, Shelf, ShelfCounts, lane_of,
+    Scheduled, Settlement, Shelf, ShelfCounts,
 };
 
 /// Rows that one group changes at most.
@@ -102,8 +102,8 @@ impl EmbeddedNamespace {
         let number = self.space.number;
         let mut purged = 0;
         loop {
-            let limit = GROUP.min(query.limit.max(1) - purged);
-            let page = DeadQuery { limit, after: None, ..query.clone() };
+            let limit = GROUP.min(query.rows() - purged);
+            let page = DeadQuery { limit, ..query.clone() };
             let letters = if limit == 0 {
                 Vec::new()
             } else {
@@ -140,20 +140,9 @@ impl EmbeddedNamespace {
     }
 }
 
-/// A dead letter on its way back: the original, with no attempt counted.
+/// A dead letter on its way back.
 fn replay(letter: DeadLetter, now: Timestamp) -> Change {
-    let row = AsideRow {
-        row: letter.row,
-        lane: lane_of(letter.record.key.as_deref(), letter.row),
-        record: letter.record,
-        rendered: None,
-        attempts: 0,
-        first_failed: now,
-        next_try: now,
-        last_error: letter.last_error,
-        replayed: true,
-    };
-    Change::Replay { branch: letter.branch, row: Box::new(row) }
+    Change::Replay { branch: letter.branch.clone(), row: Box::new(AsideRow::replayed(letter, now)) }
 }
 
 impl Shelf for EmbeddedNamespace {

@@ -29,7 +29,7 @@ impl StateReader {
             }
         };
         let reason = query.reason.and_then(|reason| serde_json::to_value(reason).ok());
-        let after: Option<i64> = query.after.as_deref().and_then(|after| after.parse().ok());
+        let after = i64::try_from(query.after_number()).unwrap_or(i64::MAX);
         narrow("branch = ?", query.branch.clone().map(Value::from));
         narrow("reason = ?", reason.and_then(|reason| reason.as_str().map(|text| Value::from(text.to_owned()))));
         narrow("id = ?", query.id.map(|id| Value::from(id.as_bytes().to_vec())));
@@ -37,8 +37,8 @@ impl StateReader {
         narrow("at >= ?", query.from.map(|from| Value::from(from.as_millis())));
         narrow("at < ?", query.to.map(|to| Value::from(to.as_millis())));
         narrow("instr(last_error, ?) > 0", query.error_contains.clone().map(Value::from));
-        narrow("sequence > ?", after.map(Value::from));
-        let limit = query.limit.max(1);
+        narrow("sequence > ?", Some(Value::from(after)));
+        let limit = query.rows();
         sql_text.push_str(" ORDER BY sequence LIMIT ?");
         values.push(Value::from(i64::try_from(limit.saturating_add(1)).unwrap_or(i64::MAX)));
         let mut rows = self.letters(&sql_text, params_from_iter(values))?;

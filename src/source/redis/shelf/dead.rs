@@ -5,8 +5,9 @@ use redis::Pipeline;
 use super::rows::Head;
 use super::scripts::{LETTERS, PURGE, REPLAY};
 use super::{ROWS, Shelf, rows};
+use crate::record::RecordId;
 use crate::source::redis::link::Failed;
-use crate::source::{AsideRow, BranchName, DeadLetter, DeadQuery, LogError, Page, Replayed, lane_of};
+use crate::source::{AsideRow, BranchName, DeadLetter, DeadQuery, LogError, Page, Replayed};
 
 /// A letter that is meant: its number, its branch, what is known of it without its record.
 struct Meant {
@@ -23,21 +24,15 @@ impl Shelf {
             seen.branches.iter().find(|(_, number)| **number == head.branch).map(|(name, _)| name.clone())
         };
         let name = name?;
-        let letter = head.letter();
-        let fits = query.branch.as_ref().is_none_or(|branch| name.as_str() == branch)
-            && query.reason.is_none_or(|reason| letter.reason == reason)
-            && query.id.is_none_or(|id| *id.as_bytes() == head.id)
-            && query.key.as_ref().is_none_or(|key| head.key.as_deref() == Some(key))
-            && query.from.is_none_or(|from| letter.at >= from)
-            && query.to.is_none_or(|to| letter.at < to)
-            && query.error_contains.as_ref().is_none_or(|text| letter.last_error.contains(text.as_str()));
+        let id = RecordId::from_bytes(head.id);
+        let fits = query.takes(head.letter(), &name, &id, head.key.as_deref());
         fits.then_some(name)
     }
 
     /// The first letters that are meant, and whether there are more.
     async fn meant(&self, query: &DeadQuery) -> Result<(Vec<Meant>, bool), LogError> {
-        let limit = query.limit.max(1);
-        let mut after = query.after.as_deref().and_then(|token| token.parse::<u64>().ok()).unwrap_or(0).to_string();
+        let limit = query.rows();
+        let mut after = query.after_number().to_string();
         let mut found = Vec::new();
         // Another process may have opened a branch or given it another name.
         self.refresh_all().await?;
@@ -100,17 +95,7 @@ impl Shelf {
             let mut call = self.call(&REPLAY).number(u8::from(force));
             for (index, letter) in self.whole(meant).await? {
                 let Some(one) = meant.get(index) else { continue };
-                let row = AsideRow {
-                    row: letter.row,
-                    lane: lane_of(letter.record.key.as_deref(), letter.row),
-                    record: letter.record,
-                    rendered: None,
-                    attempts: 0,
-                    first_failed: now,
-                    next_try: now,
-                    last_error: letter.last_error,
-                    replayed: true,
-                };
+                let row = AsideRow::replayed(letter, now);
                 call = call
                     .arg(one.number.as_str())
                     .arg(one.head.branch.as_str())
