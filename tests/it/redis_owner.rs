@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use redis::{FromRedisValue, Value};
+use redis::Value;
 use walflow::record::Position;
 use walflow::source::foreign::broker::{Begin, Broker, Opened};
 use walflow::source::redis::{RedisSourceSpec, open};
@@ -13,6 +13,7 @@ use crate::proxy::{Proxy, Way};
 use crate::redis_source::{
     PATIENCE, append, branch, command, context, handle, opened, payload, read, record, shared, spec, unique,
 };
+use crate::servers::Server;
 
 fn offsets(entries: &[walflow::source::Entry]) -> Vec<u64> {
     entries.iter().map(|entry| entry.position.offset()).collect()
@@ -70,27 +71,36 @@ async fn what_another_consumer_has_read_of_the_group_arrives_in_its_place() {
 }
 
 #[tokio::test]
-#[ignore = "needs a Redis server: run tests/run"]
+#[ignore = "needs servers: run tests/run"]
 async fn what_was_acknowledged_by_another_consumer_makes_nobody_ask_without_end() {
-    let (url, namespace) = (shared(), unique());
-    let stream = format!("walflow:{{{namespace}}}:stream:0");
-    let broker = handle(&url, &namespace, 1);
-    let _hold = opened(&broker).await;
-    read_by_another(&url, &stream, &["theirs"], &[1]).await;
-    // The group's only consumer is asked for by who reads: idle it reads once in two seconds.
+    let server = Server::start("redis").await;
+    let url = format!("redis://{}", server.address());
+    let stream = "walflow:{orders}:stream:0";
+    let broker = handle(&url, "orders", 1);
+    let mut hold = opened(&broker).await;
+    read_by_another(&url, stream, &["theirs"], &[1]).await;
+    append(&broker, vec![record(None, "ours")]).await;
+    assert_eq!(offsets(&read(&mut hold, 1).await), [2]);
+    read_by_another(&url, stream, &["theirs"], &[3]).await;
+    // For how many seconds it runs, and how often it was asked for news.
     let asked = async || {
-        let groups: Vec<Value> =
-            Vec::from_redis_value(command(&url, &["XINFO", "CONSUMERS", &stream, "sink"]).await).unwrap();
-        let of = |consumer: &Value| std::collections::HashMap::<String, Value>::from_redis_value_ref(consumer).unwrap();
-        let ours = groups.iter().map(of).find(|consumer| consumer["name"] == Value::BulkString(b"walflow".to_vec()));
-        ours.and_then(|consumer| u64::from_redis_value_ref(&consumer["idle"]).ok())
+        let info: redis::InfoDict = redis::from_redis_value(command(&url, &["INFO", "everything"]).await).unwrap();
+        let calls: Option<String> = info.get("cmdstat_xread");
+        let calls = calls.and_then(|told| told.split(&['=', ','][..]).nth(1)?.parse::<u64>().ok());
+        (info.get::<u64>("uptime_in_seconds").unwrap(), calls.unwrap_or(0))
     };
-    let idle = tokio::time::timeout(PATIENCE, async {
-        while asked().await.is_none_or(|millis| millis < 1_000) {
+    let (begun, before) = asked().await;
+    let later = tokio::time::timeout(PATIENCE, async {
+        loop {
+            let (now, calls) = asked().await;
+            if now >= begun + 4 {
+                return calls;
+            }
             tokio::task::yield_now().await;
         }
     });
-    idle.await.expect("it asks again and again");
+    let calls = later.await.unwrap() - before;
+    assert!((1..10).contains(&calls), "it asks once in two seconds, not {calls} times in four");
     broker.close().await;
 }
 

@@ -209,7 +209,7 @@ async fn what_a_server_lost_while_nobody_looked_is_noticed_by_a_shelf_elsewhere(
         first.settle(&branch, Settlement { dead: dead.to_vec(), ..Settlement::default() }).await.unwrap();
         drop(start);
         if elsewhere == "postgres" {
-            // As if it were killed: it tells from time to time.
+            // It does not wait for an end in order.
             let url = std::env::var("WALFLOW_TEST_POSTGRES").unwrap();
             let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
             tokio::spawn(connection);
@@ -218,10 +218,8 @@ async fn what_a_server_lost_while_nobody_looked_is_noticed_by_a_shelf_elsewhere(
                 while client.query(told, &[&context.namespace.as_str()]).await.unwrap().is_empty() {}
             });
             telling.await.expect("the shelf is told how far the log has come");
-            drop(first);
-        } else {
-            first.close().await;
         }
+        first.close().await;
         let mut server = ::redis::Client::open(url.as_str()).unwrap().get_connection().unwrap();
         let stream = format!("walflow:{{{}}}:stream:0", context.namespace);
         assert_eq!(::redis::cmd("DEL").arg(&stream).query::<u64>(&mut server).unwrap(), 1);

@@ -169,7 +169,7 @@ async fn the_tables_are_made_once_brought_up_to_date_and_left_alone_when_they_ar
     let past = aside_of_it(&server()).await;
     let back = format!(
         "ALTER TABLE {schema}.aside DROP COLUMN epoch; ALTER TABLE {schema}.dead DROP COLUMN epoch;
-         UPDATE {schema}.version SET version = 1"
+         DROP TABLE {schema}.ends; UPDATE {schema}.version SET version = 1"
     );
     past.batch_execute(&back).await.unwrap();
     let third = PostgresShelfSpec { connections: Some(3), ..spec.clone() };
