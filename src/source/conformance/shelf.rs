@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 
 use super::{
-    Kind, append, branch, came, closed, finish, id_of, in_time, payloads, positions, reach, read, settle_to,
+    Kind, append, branch, came, closed, end, finish, id_of, in_time, payloads, positions, reach, read, settle_to,
     until_counts, write,
 };
 use crate::clock::Timestamp;
@@ -28,20 +28,26 @@ async fn park(log: &Arc<dyn Log>, due_at: Timestamp, key: Option<&str>, payload:
 /// Three records, read by the branch.
 async fn three<K: Kind>(kind: &K) -> (BranchStart, Vec<Entry>) {
     let log = kind.log();
-    let mut start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
-    let mut entries = Vec::new();
-    for (key, payload) in [("a", "0"), ("b", "1"), ("a", "2")] {
-        log.admit(vec![write(Some(key), payload)]).await.unwrap();
-        // Where there is no order they are read one by one, and are in this order all the same.
-        if !log.caps().ordered {
+    let admit = async |key, payload| _ = log.admit(vec![write(Some(key), payload)]).await.unwrap();
+    let open = || log.open_branch(&branch(), Start::Earliest);
+    let writes = [("a", "0"), ("b", "1"), ("a", "2")];
+    let (start, mut entries) = if log.caps().ordered {
+        // Written before anybody reads: of a key a queue gives together what is there, and nothing behind it.
+        for (key, payload) in writes {
+            admit(key, payload).await;
+        }
+        let mut start = open().await.unwrap();
+        let entries = read(&mut *start.subscription, 3).await;
+        (start, entries)
+    } else {
+        // Read one by one, they are in this order all the same.
+        let (mut start, mut entries) = (open().await.unwrap(), Vec::new());
+        for (key, payload) in writes {
+            admit(key, payload).await;
             entries.extend(read(&mut *start.subscription, 1).await);
         }
-    }
-    if log.caps().ordered {
-        drop(start);
-        start = log.open_branch(&branch(), Start::Earliest).await.unwrap();
-        entries = read(&mut *start.subscription, 3).await;
-    }
+        (start, entries)
+    };
     // Of different keys there may be no order.
     entries.sort_by_key(|entry| entry.record.payload.clone());
     (start, entries)
@@ -54,6 +60,8 @@ async fn come_again<K: Kind>(kind: &K, entries: &[&Entry]) {
     while !missing.is_empty() {
         let entry = read(&mut *start.subscription, 1).await.remove(0);
         if !start.ended.contains(&row(&entry)) {
+            // Of a key a queue may give the next only then.
+            end(&kind.shelf(), std::slice::from_ref(&entry)).await;
             let known = missing.iter().position(|id| *id == entry.record.id);
             missing.remove(known.unwrap_or_else(|| panic!("{entry:?} comes again")));
         }
