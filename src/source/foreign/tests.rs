@@ -40,7 +40,7 @@ async fn shelf_in(schema: Option<&str>, context: &Context) -> Arc<dyn Store> {
     // Settings of its own, so that two of them share nothing: as two processes, and whatever test made a connection first.
     let timeout = Some(crate::units::Span(Duration::from_millis(10_000 + fastrand::u64(..1_000_000))));
     let schema = schema.map(str::to_owned);
-    postgres::open(&PostgresShelfSpec { url, timeout, schema, ..PostgresShelfSpec::default() }, context).await.unwrap()
+    postgres::open(&PostgresShelfSpec { url, schema, timeout, ..PostgresShelfSpec::default() }, context).await.unwrap()
 }
 
 fn record(number: u16, due_at: Option<Timestamp>) -> Arc<Record> {
