@@ -138,7 +138,11 @@ fn foreign(plan: &Plan) -> Vec<Fact> {
         ));
     }
     if source.kind.is_foreign() && matches!(source.shelf, ShelfKind::None) {
-        let delayed = if plan.holds() { "a write with a delay of its own" } else { "a write with a delay" };
+        let delayed = match &source.kind {
+            SourceKind::Sqs(sqs) if !sqs.is_fifo() => "a write with a delay of more than 15 min",
+            _ if plan.holds() => "a write with a delay of its own",
+            _ => "a write with a delay",
+        };
         facts.push(fact(
             "shelf",
             format!("none: {delayed} is a 501, a failing key holds what is behind it, dead letters go to the broker"),
